@@ -1,0 +1,67 @@
+"""Settings of a worker. Each field is validated; unknown keys are refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
+
+from workers.protocol.messages import Role
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+ChannelKind = Literal["shm", "tcp"]
+
+
+class Section(BaseModel):
+    """A part of the configuration tree."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class EngineConfig(Section):
+    """One model replica: memory, batch and precision."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
+    dtype: DType = Field("auto", description="of weights and KV cache; auto: bfloat16")
+    block_size: int = Field(16, ge=1, le=256, description="tokens in a KV block")
+    kv_cache_memory: ByteSize = Field(
+        ByteSize(512 * 1024**2), gt=0, description="bytes for KV blocks, e.g. 2GiB; ignored with num_blocks"
+    )
+    num_blocks: int | None = Field(None, ge=1, description="KV blocks, instead of kv_cache_memory")
+    max_model_len: int | None = Field(None, ge=1, description="tokens of prompt + output; null: the model's own")
+    max_num_seqs: int = Field(64, ge=1, description="requests in one step")
+    max_num_batched_tokens: int = Field(512, ge=1, description="tokens in one step: the prefill chunk")
+    prefix_caching: bool = Field(True, description="keep blocks of finished requests for later prompts")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads of the kernels; null: cores / workers")
+
+
+class TransferConfig(Section):
+    """The hand-over of KV blocks."""
+
+    channels: list[ChannelKind] = Field(
+        default=["shm", "tcp"], min_length=1, description="roads that may be used, best first"
+    )
+    host: str = Field("127.0.0.1", description="address the KV listener binds")
+    lease_s: float = Field(10.0, gt=0, le=300, description="seconds a ticket lives without progress")
+    io_timeout_s: float = Field(5.0, gt=0, le=300, description="seconds a peer may stall inside a frame")
+    arena_memory: ByteSize = Field(ByteSize(32 * 1024**2), gt=0, description="shared memory per pair (shm)")
+
+
+class WorkerConfig(Section):
+    """Everything one worker process needs."""
+
+    worker_id: str
+    epoch: int
+    role: Role
+    model_path: Path = Field(description="directory with config.json, safetensors and tokenizer.json")
+    served_name: str
+    cluster: str = Field(description="name space in Redis")
+    secret: str = Field(min_length=16, repr=False, description="the cluster's shared secret")
+    redis_url: str | None = Field(None, repr=False, description="null: no index, no registration")
+    host: str = Field("127.0.0.1", description="address the token server binds")
+    port: int = Field(0, ge=0, le=65535, description="0: any free port")
+    heartbeat_s: float = Field(0.5, gt=0)
+    timeout_s: float = Field(5.0, gt=0, description="seconds without a sign of life before a peer counts as dead")
+    engine: EngineConfig = EngineConfig()
+    transfer: TransferConfig = TransferConfig()

@@ -1,0 +1,352 @@
+"""Every message between processes, as typed msgpack maps.
+
+Three conversations use these types:
+
+* tokens (router <-> worker): `Reserve`, `Prefill`, `Cancel` go out; `Ticketed`, `Accepted`, `Tokens`, ... come back;
+* KV (prefill worker -> decode worker): `KvBlocks`, `KvFirstToken`, `KvAbort`, answered by `KvAck`;
+* registry (worker -> Redis -> router): `WorkerInfo` and `IndexBatch`.
+
+A message is a frozen struct with a short tag. Unknown fields are ignored (so that a newer peer can add one),
+wrong types are refused when the frame is decoded.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+PROTOCOL_VERSION = 1
+
+Role = Literal["prefill", "decode"]
+FinishReason = Literal["stop", "length"]
+FailureCode = Literal[
+    "invalid",  # the request can never be served by this worker: a client error
+    "busy",  # no room now
+    "lease_expired",  # the ticket's lease ran out before commit
+    "transfer_failed",  # the KV hand-over broke
+    "stale_epoch",  # the message names an earlier life of this worker
+    "draining",  # the worker takes nothing new
+    "internal",
+]
+
+
+class Sampling(Struct, frozen=True, omit_defaults=True):
+    """How the next token is chosen. Bounds are checked at the edge (router/http, router/grpc).
+
+    A token is a function of (seed, position, logits) only, so a stream can be continued on any worker.
+    """
+
+    max_tokens: int  # output tokens in total, tokens of earlier placements included
+    seed: int  # 0 <= seed < 2**63; the router draws one when the client gave none
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and output
+    presence_penalty: float = 0.0  # over output
+    frequency_penalty: float = 0.0  # over output
+    logit_bias: dict[int, float] = {}
+    logprobs: int | None = None  # None: none; 0: the chosen token's; n: and those of the n most likely
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+
+
+class Work(Struct, frozen=True, omit_defaults=True):
+    """One request as an engine sees it. `output` holds what earlier placements have already produced."""
+
+    request_id: str
+    prompt: list[int]
+    sampling: Sampling
+    output: list[int] = []
+    cache_salt: str = ""  # enters the hash of block 0: tenants with different salts share no prefix
+    priority: int = 0  # lower goes first
+
+
+class KvLayout(Struct, frozen=True):
+    """The canonical block on the wire: [layer, k|v, kv_head, token, head_dim] of one block, C order."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int  # tokens
+    dtype: str  # "float32", "bfloat16", "float16"
+    model_fingerprint: str  # hex
+
+    @property
+    def block_bytes(self) -> int:
+        item_bytes = 4 if self.dtype == "float32" else 2
+        return self.num_layers * 2 * self.num_kv_heads * self.block_size * self.head_dim * item_bytes
+
+
+class KvEndpoint(Struct, frozen=True):
+    """One road by which blocks can reach a worker."""
+
+    kind: Literal["shm", "tcp"]
+    address: str  # shm: path of a unix socket; tcp: host:port
+    host_id: str = ""  # shm: only peers on the same host can use it
+
+
+class WorkerInfo(Struct, frozen=True):
+    """What a worker says of itself when it registers and in `Welcome`."""
+
+    worker_id: str
+    epoch: int  # ms since 1970 when the supervisor started this life; strictly growing per worker_id
+    role: Role
+    address: str  # host:port of the token server
+    model: str  # served name
+    layout: KvLayout
+    hash_root: bytes  # h[-1] of the block-hash chain
+    num_blocks: int
+    max_model_len: int
+    max_num_seqs: int
+    vocab_size: int
+    device: str
+    pid: int
+    endpoints: list[KvEndpoint] = []
+
+
+class Ticket(Struct, frozen=True):
+    """A decode worker's promise: blocks are held until the lease ends. Blocks before `first_block` it has already."""
+
+    transfer_id: str
+    worker_id: str
+    epoch: int
+    first_block: int  # index in the request's block table
+    num_blocks: int  # of the whole prompt; blocks [first_block, num_blocks) are wanted
+    lease_s: float
+    layout: KvLayout
+    endpoints: list[KvEndpoint]
+
+
+class TokenLogprobs(Struct, frozen=True, array_like=True):
+    """Natural-log probabilities of the raw model distribution (before temperature and penalties)."""
+
+    logprob: float  # of the chosen token
+    top: list[tuple[int, float]] = []  # most likely first
+
+
+class Load(Struct, frozen=True):
+    """What the cost function needs to know of a worker, and what `headrace status` shows."""
+
+    running: int = 0
+    waiting: int = 0
+    reserved: int = 0  # tickets given and not yet committed
+    sending: int = 0  # prefilled, blocks still leaving
+    queued_prefill_tokens: int = 0
+    active_blocks: int = 0  # referenced
+    cached_blocks: int = 0  # hold a hash, referenced or not
+    free_blocks: int = 0  # unreferenced, cached ones included
+    prefix_hit_tokens: int = 0  # since start
+    prefix_query_tokens: int = 0  # since start
+    prompt_tokens: int = 0  # since start
+    output_tokens: int = 0  # since start
+    preemptions: int = 0  # since start
+
+
+# --- connection set-up (both planes) ---------------------------------------------------------------------------------
+
+
+class Challenge(Struct, frozen=True, tag="chal"):
+    """Server to client: prove that you hold the cluster's secret."""
+
+    version: int
+    nonce: bytes
+
+
+class Hello(Struct, frozen=True, tag="hello"):
+    """Client to server. `proof` answers the server's nonce, `nonce` asks the server for its own proof."""
+
+    version: int
+    peer_id: str
+    proof: bytes
+    nonce: bytes
+
+
+class Welcome(Struct, frozen=True, tag="welcome"):
+    proof: bytes
+    info: WorkerInfo
+
+
+class Refused(Struct, frozen=True, tag="refused"):
+    reason: str
+
+
+# --- tokens: router to worker ----------------------------------------------------------------------------------------
+
+
+class Reserve(Struct, frozen=True, tag="rsv"):
+    """Ask a decode worker to take a request.
+
+    Answered by `Accepted` when the tokens it would have to compute are at most `local_prefill_max` (it starts at
+    once), else by `Ticketed` (it waits for blocks), or by `Failed`.
+    """
+
+    work: Work
+    transfer_id: str
+    lease_s: float
+    local_prefill_max: int  # tokens; a very large value means: no prefill worker, do it all yourself
+
+
+class Prefill(Struct, frozen=True, tag="pre"):
+    """Ask a prefill worker to compute the prompt, send the ticket's blocks and then the first token to D."""
+
+    work: Work
+    ticket: Ticket
+
+
+class Cancel(Struct, frozen=True, tag="cancel"):
+    """Idempotent. Frees blocks, lease and queue places of the request on this worker; never answered."""
+
+    request_id: str
+
+
+class Ping(Struct, frozen=True, tag="ping"):
+    """Sent every heartbeat; a worker that hears none for the connection's time-out drops the router's requests."""
+
+    at: float
+
+
+class StatusRequest(Struct, frozen=True, tag="stat?"):
+    query_id: int
+    want_hashes: bool = False
+    want_metrics: bool = False
+
+
+# --- tokens: worker to router ----------------------------------------------------------------------------------------
+
+
+class Ticketed(Struct, frozen=True, tag="ticket"):
+    request_id: str
+    ticket: Ticket
+
+
+class Accepted(Struct, frozen=True, tag="accept"):
+    request_id: str
+    cached_tokens: int
+
+
+class TokenDelta(Struct, frozen=True, array_like=True):
+    """Tokens of one request from one step. `index` counts output tokens from the very first placement."""
+
+    request_id: str
+    index: int  # output index of tokens[0]
+    tokens: list[int]
+    logprobs: list[TokenLogprobs] = []
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None  # the stop token id that ended it, when it was one
+    cached_tokens: int = 0  # prompt tokens that no worker had to compute
+
+
+class Tokens(Struct, frozen=True, tag="tok"):
+    """One frame per engine step for all requests of this connection."""
+
+    deltas: list[TokenDelta]
+
+
+class PrefillDone(Struct, frozen=True, tag="predone"):
+    """P has computed the prompt and D has acknowledged every block and the first token."""
+
+    request_id: str
+    cached_tokens: int
+    queue_s: float
+    prefill_s: float
+    transfer_s: float  # from the end of computing to the last acknowledgement
+    transfer_bytes: int
+    channel: str
+
+
+class Failed(Struct, frozen=True, tag="fail"):
+    request_id: str
+    code: FailureCode
+    message: str
+
+
+class Heartbeat(Struct, frozen=True, tag="beat"):
+    """Sent every heartbeat on each connection, and whenever blocks are freed after a `busy`."""
+
+    load: Load
+
+
+class StatusReply(Struct, frozen=True, tag="stat"):
+    query_id: int
+    load: Load
+    referenced_blocks: int
+    leases: int
+    requests: int
+    peers: dict[str, str] = {}  # "worker_id" -> channel in use
+    hashes: list[bytes] = []
+    metrics: bytes = b""  # Prometheus text exposition
+
+
+# --- KV: prefill worker to decode worker -----------------------------------------------------------------------------
+
+
+class KvBlocks(Struct, frozen=True, tag="kvb"):
+    """Announces blocks [first, first + count) of the ticket's request.
+
+    tcp: the bytes follow this frame. shm: the bytes lie at `offset` of the arena passed when the channel was opened.
+    """
+
+    transfer_id: str
+    epoch: int  # of the receiver
+    first: int
+    count: int
+    num_bytes: int
+    offset: int = 0
+
+
+class KvFirstToken(Struct, frozen=True, tag="kvt"):
+    """Every block has been sent; D may commit."""
+
+    transfer_id: str
+    epoch: int
+    token: int
+    logprobs: TokenLogprobs | None
+    cached_tokens: int
+
+
+class KvAbort(Struct, frozen=True, tag="kvx"):
+    transfer_id: str
+    epoch: int
+    reason: str
+
+
+class KvAck(Struct, frozen=True, tag="kva"):
+    """One for each `KvBlocks` and `KvFirstToken`, in order. Not ok: the ticket is gone, stop sending for it."""
+
+    transfer_id: str
+    ok: bool
+    reason: str = ""
+
+
+# --- registry: worker to Redis to router -----------------------------------------------------------------------------
+
+
+class IndexBatch(Struct, frozen=True, array_like=True):
+    """Changes of one worker's prefix cache, in order: `cleared` first, then `removed`, then `stored`."""
+
+    worker_id: str
+    epoch: int
+    seq: int  # 1, 2, 3, ... within an epoch
+    stored: list[tuple[bytes, bytes, str]] = []  # (hash, parent hash, tier)
+    removed: list[tuple[bytes, str]] = []  # (hash, tier)
+    cleared: bool = False
+
+
+ToWorker = Hello | Reserve | Prefill | Cancel | Ping | StatusRequest
+FromWorker = (
+    Challenge
+    | Welcome
+    | Refused
+    | Ticketed
+    | Accepted
+    | Tokens
+    | PrefillDone
+    | Failed
+    | Heartbeat
+    | StatusReply
+)
+KvToReceiver = Hello | KvBlocks | KvFirstToken | KvAbort | Ping
+KvToSender = Challenge | Welcome | Refused | KvAck
