@@ -1,0 +1,70 @@
+"""Mistakes in the configuration, told to the person who made them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+
+class ConfigError(Exception):
+    """The configuration can't be used. The message is a readable list of everything wrong with it."""
+
+    def __init__(self, mistakes: list[str]) -> None:
+        self.mistakes = mistakes
+        super().__init__("\n".join(mistakes))
+
+
+def setting_names(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every setting of a tree, sections included, as paths."""
+    for name, field in model.model_fields.items():
+        yield (*prefix, name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from setting_names(field.annotation, (*prefix, name))
+
+
+def explain(
+    error: ValidationError, root: type[BaseModel], where: Callable[[tuple[str, ...]], str]
+) -> list[str]:
+    """One line for each mistake: place, full name, what came, what is allowed."""
+    names = [".".join(path) for path in setting_names(root)]
+    lines: list[str] = []
+    for mistake in error.errors(include_url=False):
+        path = tuple(str(part) for part in mistake["loc"])
+        place = where(path)
+        line = _line(".".join(path), mistake, names)
+        lines.append(f"{place}: {line}" if place else line)
+    return lines
+
+
+def _line(name: str, mistake: Any, names: list[str]) -> str:
+    kind, came = mistake["type"], mistake["input"]
+    if kind == "extra_forbidden":
+        nearest = nearest_name(name, names)
+        return f"{name}: no such setting" + (f"; did you mean {nearest}?" if nearest else "")
+    if kind == "value_error" and not name:  # a rule between settings names them itself
+        return str(mistake["ctx"]["error"])
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{name}: is a section, it takes settings below it, not {came!r:.60}"
+    if kind == "value_error":
+        return f"{name}: {came!r:.60} is not allowed: {mistake['ctx']['error']}"
+    if kind.startswith("byte_size"):
+        return f"{name}: {came!r:.60} is not allowed: must be a number of bytes, e.g. 512MiB or 2GiB"
+    allowed = mistake["msg"].removeprefix("Input should ").removeprefix("have ")
+    return f"{name}: {came!r:.60} is not allowed: must {allowed}"
+
+
+def nearest_name(name: str, names: list[str]) -> str | None:
+    """The allowed name that was most likely meant: a near spelling, or the same last part elsewhere."""
+    parent, _, last = name.rpartition(".")
+    siblings = [other for other in names if other.rpartition(".")[0] == parent]
+    for candidates in (siblings, names):
+        if close := difflib.get_close_matches(name, candidates, n=1, cutoff=0.8):
+            return close[0]
+    same_last = [other for other in names if other.rpartition(".")[2] == last]
+    if same_last:
+        return difflib.get_close_matches(name, same_last, n=1, cutoff=0.0)[0]
+    close_last = difflib.get_close_matches(last, {other.rpartition(".")[2] for other in siblings}, n=1)
+    return f"{parent}.{close_last[0]}".lstrip(".") if close_last else None
