@@ -1,0 +1,287 @@
+"""Attention over the paged KV cache, in eager torch.
+
+What depends only on the step (gather indices, masks, groups) is worked out once in an `AttentionPlan` and used by
+every layer, because eager overhead is paid per layer. Two forms of the same arithmetic:
+
+* sequences with one query token (decode) of about the same length share one gather and two batched matmuls;
+* a sequence with more (prefill) is gathered once, then its queries go in tiles, each against the keys up to its end.
+
+Plain matmul + softmax instead of scaled_dot_product_attention because it is 2-3 times quicker on the CPU in bfloat16
+(torch 2.13: its flash kernel does not reach oneDNN) and level in float32. In bfloat16 the scores are rounded to
+bfloat16 before the softmax, as in transformers' eager attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+QUERY_TILE = (
+    128  # query tokens of a prefill tile: enough rows for the matmul, few enough to skip most hidden keys
+)
+SPLIT_GAIN_BLOCKS = 48  # padded blocks that a further decode group must save to be worth its launches
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """The sequences of one step, flattened into T query tokens.
+
+    Queries of sequence s are rows query_start[s]:query_start[s + 1]; the last of them is at position seq_lens[s] - 1.
+    """
+
+    query_start: list[int]  # S + 1 values, 0 first, T last
+    seq_lens: list[int]  # tokens of context, this step's included
+    block_tables: Tensor  # int64 [S, W], padded with 0
+    slots: Tensor  # int64 [T]: where this step's keys and values go
+
+
+class Scratch:
+    """One growing buffer for gathered keys and values: fresh pages for each layer cost more than the copy."""
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+
+    def take(self, numel: int, like: Tensor) -> Tensor:
+        """Uninitialized [numel], valid until the next `take`."""
+        held = self._buffer
+        if held is None or held.numel() < numel or held.dtype != like.dtype or held.device != like.device:
+            self._buffer = held = torch.empty(numel, dtype=like.dtype, device=like.device)
+        return held[:numel]
+
+
+class AttentionPlan:
+    """One step's attention, prepared for all layers."""
+
+    def __init__(self, batch: AttentionBatch, kv_cache: Tensor, scratch: Scratch | None = None) -> None:
+        """`kv_cache` must be contiguous and stay in place while the plan is used."""
+        _, self._num_layers, _, self._num_kv_heads, self._block_size, self._head_dim = kv_cache.shape
+        self._batch = batch
+        self._token_rows = kv_cache.view(-1, self._head_dim)
+        self._block_rows = kv_cache.view(-1, self._block_size * self._head_dim)
+        self._scratch = scratch or Scratch()
+        self._parts: dict[int | None, list[_DecodeGroup | _Chunk]] = {}  # by window
+        # Row of (slot, k|v, head) in layer 0's view; a layer's view starts further down by a constant.
+        block, offset = batch.slots // self._block_size, batch.slots % self._block_size
+        head_rows = self._first_rows(block)[:, :, None] * self._block_size  # [2, T, 1]
+        heads = torch.arange(self._num_kv_heads, device=block.device) * self._block_size
+        self._write_rows = (head_rows + heads + offset[:, None]).view(-1)
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store this step's k, v [T, num_kv_heads, D] of one layer at the batch's slots."""
+        rows = self._token_rows[layer * 2 * self._num_kv_heads * self._block_size :]
+        rows.index_copy_(0, self._write_rows, torch.stack((k, v)).view(-1, self._head_dim))
+
+    def attend(self, q: Tensor, layer: int, scale: float, window: int | None) -> Tensor:
+        """q [T, num_heads, D] -> [T, num_heads, D]. Keys and values of this step must have been written.
+
+        Causal; with a `window` a token sees the last `window` positions, its own included. `num_heads` is a multiple
+        of num_kv_heads: consecutive query heads share a KV head.
+        """
+        parts = self._parts.get(window)
+        if parts is None:
+            parts = self._parts[window] = self._divide(window, q)
+        rows = self._block_rows[layer * 2 * self._num_kv_heads :]
+        if len(parts) == 1 and parts[0].covers_all:
+            return parts[0].attend(q, rows, self._scratch, scale)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for part in parts:
+            part.attend_into(out, q, rows, self._scratch, scale)
+        return out
+
+    def _first_rows(self, blocks: Tensor) -> Tensor:
+        """Index in layer 0's [.., block_size * D] rows of (k|v, blocks[i], head 0): [2, n]."""
+        kv = torch.arange(2, device=blocks.device) * self._num_kv_heads
+        return kv[:, None] + blocks * (self._num_layers * 2 * self._num_kv_heads)
+
+    def _gather_rows(self, tables: Tensor) -> Tensor:
+        """Index of the rows that bring block tables [S, W] into [2, S, num_kv_heads, W] order, flattened."""
+        seqs, width = tables.shape
+        first = self._first_rows(tables.reshape(-1)).view(2, seqs, 1, width)
+        heads = torch.arange(self._num_kv_heads, device=tables.device)
+        return (first + heads[:, None]).view(-1)
+
+    def _divide(self, window: int | None, q: Tensor) -> list[_DecodeGroup | _Chunk]:
+        batch, size = self._batch, self._block_size
+        parts: list[_DecodeGroup | _Chunk] = []
+        single: list[_Single] = []
+        for s, length in enumerate(batch.seq_lens):
+            start, end = batch.query_start[s], batch.query_start[s + 1]
+            position = length - (end - start)  # of the first query
+            first_key = 0 if window is None else max(0, position - window + 1)
+            first_block = first_key // size
+            last_block = -(-length // size)
+            if end - start == 1:
+                single.append(_Single(start, s, first_block, last_block - first_block, first_key, length))
+                continue
+            gather = self._gather_rows(batch.block_tables[s : s + 1, first_block:last_block])
+            shift = first_block * size
+            tiles = _tiles(
+                position - shift, end - start, None if window is None else (window, first_key - shift), q
+            )
+            parts.append(_Chunk(self, start, end, gather, tiles, q))
+        if single:
+            for group in _by_length(single):
+                parts.append(_DecodeGroup(self, batch.block_tables, group, q))
+        return parts
+
+
+@dataclass(frozen=True)
+class _Single:
+    """A sequence with one query token."""
+
+    row: int  # of its query
+    seq: int
+    first_block: int  # in its block table
+    num_blocks: int
+    first_key: int  # first visible position
+    length: int
+
+
+def _by_length(singles: list[_Single]) -> list[list[_Single]]:
+    """Split where padding to the longest would waste more than a further group costs."""
+    ordered = sorted(singles, key=lambda item: -item.num_blocks)
+    groups: list[list[_Single]] = []
+    while ordered:
+        longest = ordered[0].num_blocks
+        gains = [(longest - item.num_blocks) * (len(ordered) - i) for i, item in enumerate(ordered)]
+        best = max(range(len(gains)), key=gains.__getitem__)
+        cut = best if gains[best] > SPLIT_GAIN_BLOCKS else len(ordered)
+        # The head of a cut is cut again by the next round only if it is still wasteful.
+        if cut < len(ordered) and cut > 1:
+            groups.extend(_by_length(ordered[:cut]))
+        else:
+            groups.append(ordered[:cut])
+        ordered = ordered[cut:]
+    return [sorted(group, key=lambda item: item.row) for group in groups]
+
+
+class _DecodeGroup:
+    """Sequences with one query token each, padded to the longest of them."""
+
+    def __init__(self, plan: AttentionPlan, tables: Tensor, group: list[_Single], q: Tensor) -> None:
+        heads, size = plan._num_kv_heads, plan._block_size
+        device = tables.device
+        self.covers_all = len(group) == q.shape[0]
+        self._rows = torch.tensor([item.row for item in group], device=device)
+        self._num_kv_heads, self._head_dim = heads, plan._head_dim
+        width = max(item.num_blocks for item in group)
+        columns = torch.tensor([item.first_block for item in group], device=device)[:, None]
+        columns = (columns + torch.arange(width, device=device)).clamp_(max=tables.shape[1] - 1)
+        seqs = torch.tensor([item.seq for item in group], device=device)
+        self._gather = plan._gather_rows(tables[seqs].gather(1, columns))
+        self._keys = width * size
+        shift = [item.first_block * size for item in group]
+        first = torch.tensor(
+            [item.first_key - s for item, s in zip(group, shift, strict=True)], device=device
+        )
+        end = torch.tensor([item.length - s for item, s in zip(group, shift, strict=True)], device=device)
+        key = torch.arange(self._keys, device=device)
+        hidden = (key < first[:, None]) | (key >= end[:, None])  # [S, keys]
+        mask = torch.zeros(hidden.shape, dtype=q.dtype, device=device).masked_fill_(hidden, -torch.inf)
+        self._mask = mask[:, None, None].expand(-1, heads, -1, -1).reshape(-1, 1, self._keys)
+
+    def attend(self, q: Tensor, block_rows: Tensor, scratch: Scratch, scale: float) -> Tensor:
+        """Of queries [S, num_heads, D], one for each sequence of the group."""
+        seqs, num_heads, dim = q.shape
+        pairs = seqs * self._num_kv_heads
+        gathered = scratch.take(2 * pairs * self._keys * dim, q).view(self._gather.shape[0], -1)
+        torch.index_select(block_rows, 0, self._gather, out=gathered)
+        k, v = gathered.view(2, pairs, self._keys, dim)
+        grouped = q.reshape(pairs, num_heads // self._num_kv_heads, dim)
+        scores = torch.baddbmm(self._mask, grouped, k.transpose(1, 2), alpha=scale)
+        return torch.bmm(scores.softmax(-1), v).view(seqs, num_heads, dim)
+
+    def attend_into(self, out: Tensor, q: Tensor, block_rows: Tensor, scratch: Scratch, scale: float) -> None:
+        out.index_copy_(0, self._rows, self.attend(q.index_select(0, self._rows), block_rows, scratch, scale))
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Query tokens [start, end) of a chunk, the keys [first, last) they can see, and what is hidden among these."""
+
+    start: int
+    end: int
+    first: int
+    last: int
+    causal: Tensor | None  # [n, 1, n], added to the last n keys
+    expired: Tensor | None  # [n, 1, n], added to the first n keys: out of the window
+
+
+def _tiles(position: int, count: int, window: tuple[int, int] | None, q: Tensor) -> list[_Tile]:
+    """`position` of the first query and the window's (size, first key) are counted from the first gathered key."""
+    triangle = torch.full((QUERY_TILE, QUERY_TILE), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
+    tiles = []
+    for start in range(0, count, QUERY_TILE):
+        n = min(QUERY_TILE, count - start)
+        last = position + start + n
+        causal = triangle[:n, None, :n] if n > 1 else None
+        if window is None:
+            tiles.append(_Tile(start, start + n, 0, last, causal, None))
+            continue
+        size, floor = window
+        first = max(floor, position + start - size + 1)
+        # Query r of the tile sees keys from position + start + r - size + 1 on.
+        row, key = torch.arange(n, device=q.device)[:, None], torch.arange(n, device=q.device)
+        hidden = key < position + start + row - size + 1 - first
+        expired = None
+        if bool(hidden.any()):
+            expired = torch.zeros((n, n), dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)[
+                :, None
+            ]
+        tiles.append(_Tile(start, start + n, first, last, causal, expired))
+    return tiles
+
+
+class _Chunk:
+    """One sequence with several query tokens."""
+
+    covers_all = False
+
+    def __init__(
+        self, plan: AttentionPlan, start: int, end: int, gather: Tensor, tiles: list[_Tile], q: Tensor
+    ) -> None:
+        self._start, self._end, self._gather, self._tiles = start, end, gather, tiles
+        self._num_kv_heads = plan._num_kv_heads
+        self._no_bias = torch.zeros((1, 1, 1), dtype=q.dtype, device=q.device)
+
+    def attend(self, q: Tensor, block_rows: Tensor, scratch: Scratch, scale: float) -> Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        self.attend_into(out, q, block_rows, scratch, scale)
+        return out
+
+    def attend_into(self, out: Tensor, q: Tensor, block_rows: Tensor, scratch: Scratch, scale: float) -> None:
+        heads, (_, num_heads, dim) = self._num_kv_heads, q.shape
+        group = num_heads // heads
+        gathered = scratch.take(self._gather.shape[0] * block_rows.shape[1], q)
+        gathered = gathered.view(self._gather.shape[0], -1)
+        torch.index_select(block_rows, 0, self._gather, out=gathered)
+        k, v = gathered.view(2, heads, -1, dim)
+        # [heads, tokens * group, D]: the rows of one tile stay together under every KV head
+        queries = q[self._start : self._end].reshape(-1, heads, group * dim).transpose(0, 1)
+        queries = queries.reshape(heads, -1, dim)
+        for tile in self._tiles:
+            n = tile.end - tile.start
+            rows = queries[:, tile.start * group : tile.end * group]
+            keys = k[:, tile.first : tile.last].transpose(1, 2)
+            scores = torch.baddbmm(self._no_bias, rows, keys, beta=0, alpha=scale)
+            by_token = scores.view(heads, n, group, -1)
+            if tile.causal is not None:
+                by_token[..., -n:] += tile.causal
+            if tile.expired is not None:
+                by_token[..., :n] += tile.expired
+            seen = torch.bmm(scores.softmax(-1), v[:, tile.first : tile.last])
+            target = out[self._start + tile.start : self._start + tile.end].view(n, heads, group * dim)
+            target.copy_(seen.view(heads, n, group * dim).transpose(0, 1))
+
+
+def paged_attention(
+    q: Tensor, kv_cache: Tensor, layer: int, batch: AttentionBatch, scale: float, window: int | None
+) -> Tensor:
+    """One layer's attention without a prepared plan: q [T, num_heads, D] -> [T, num_heads, D].
+
+    Causal, grouped-query; with a `window` a token sees the last `window` positions, its own included. This step's
+    keys and values must be in the cache. A model builds one `AttentionPlan` per step instead.
+    """
+    return AttentionPlan(batch, kv_cache).attend(q, layer, scale, window)
