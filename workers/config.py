@@ -29,11 +29,15 @@ class EngineConfig(Section):
         ByteSize(512 * 1024**2), gt=0, description="bytes for KV blocks, e.g. 2GiB; ignored with num_blocks"
     )
     num_blocks: int | None = Field(None, ge=1, description="KV blocks, instead of kv_cache_memory")
-    max_model_len: int | None = Field(None, ge=1, description="tokens of prompt + output; null: the model's own")
+    max_model_len: int | None = Field(
+        None, ge=1, description="tokens of prompt + output; null: the model's own"
+    )
     max_num_seqs: int = Field(64, ge=1, description="requests in one step")
     max_num_batched_tokens: int = Field(512, ge=1, description="tokens in one step: the prefill chunk")
     prefix_caching: bool = Field(True, description="keep blocks of finished requests for later prompts")
-    num_threads: int | None = Field(None, ge=1, description="CPU threads of the kernels; null: cores / workers")
+    num_threads: int | None = Field(
+        None, ge=1, description="CPU threads of the kernels; null: cores / workers"
+    )
 
 
 class TransferConfig(Section):
@@ -62,6 +66,8 @@ class WorkerConfig(Section):
     host: str = Field("127.0.0.1", description="address the token server binds")
     port: int = Field(0, ge=0, le=65535, description="0: any free port")
     heartbeat_s: float = Field(0.5, gt=0)
-    timeout_s: float = Field(5.0, gt=0, description="seconds without a sign of life before a peer counts as dead")
+    timeout_s: float = Field(
+        5.0, gt=0, description="seconds without a sign of life before a peer counts as dead"
+    )
     engine: EngineConfig = EngineConfig()
     transfer: TransferConfig = TransferConfig()

@@ -66,7 +66,9 @@ def encode(message: Any) -> bytes:
     """The whole frame, length included."""
     body = _encoder.encode(message)
     if len(body) > MAX_FRAME_BYTES:
-        raise ProtocolError(f"{type(message).__name__} has {len(body)} bytes, a frame holds {MAX_FRAME_BYTES}")
+        raise ProtocolError(
+            f"{type(message).__name__} has {len(body)} bytes, a frame holds {MAX_FRAME_BYTES}"
+        )
     return _LENGTH.pack(len(body)) + body
 
 

@@ -54,9 +54,7 @@ def extend_hashes(
         hashes.append(parent)
 
 
-def block_hashes(
-    token_ids: Sequence[int], block_size: int, root: bytes, cache_salt: str = ""
-) -> list[bytes]:
+def block_hashes(token_ids: Sequence[int], block_size: int, root: bytes, cache_salt: str = "") -> list[bytes]:
     """Hashes of every full block of `token_ids`."""
     hashes: list[bytes] = []
     extend_hashes(hashes, token_ids, block_size, root, cache_salt)

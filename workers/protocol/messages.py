@@ -133,7 +133,7 @@ class Load(Struct, frozen=True):
     running: int = 0
     waiting: int = 0
     reserved: int = 0  # tickets given and not yet committed
-    sending: int = 0  # prefilled, blocks still leaving
+    sending: int = 0  # hand-overs that are open on a prefill worker
     queued_prefill_tokens: int = 0
     active_blocks: int = 0  # referenced
     cached_blocks: int = 0  # hold a hash, referenced or not
@@ -313,8 +313,21 @@ class KvAbort(Struct, frozen=True, tag="kvx"):
     reason: str
 
 
+class KvArena(Struct, frozen=True, tag="kvm"):
+    """shm, once after the handshake: the sender's arena, whose descriptor travels beside this frame (SCM_RIGHTS)."""
+
+    num_bytes: int
+
+
+class KvRenew(Struct, frozen=True, tag="kvr"):
+    """The requests of these tickets are alive at the prefill worker (queued, or between chunks). Never answered."""
+
+    epoch: int
+    transfer_ids: list[str]
+
+
 class KvAck(Struct, frozen=True, tag="kva"):
-    """One for each `KvBlocks` and `KvFirstToken`, in order. Not ok: the ticket is gone, stop sending for it."""
+    """One for each `KvBlocks` and `KvFirstToken`, in the order sent. Not ok: stop sending for this ticket."""
 
     transfer_id: str
     ok: bool
@@ -348,5 +361,5 @@ FromWorker = (
     | Heartbeat
     | StatusReply
 )
-KvToReceiver = Hello | KvBlocks | KvFirstToken | KvAbort | Ping
+KvToReceiver = Hello | KvArena | KvBlocks | KvFirstToken | KvAbort | KvRenew
 KvToSender = Challenge | Welcome | Refused | KvAck

@@ -1,0 +1,264 @@
+"""The scheduler, driven by a fake model whose next token is a function of the tokens before it."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from workers.engine.block_pool import BlockPool
+from workers.engine.request import Request, State
+from workers.engine.scheduler import Plan, Sampled, Scheduler
+from workers.protocol.messages import Sampling, Work
+
+BLOCK = 4
+ROOT = b"r" * 16
+EOS = 0
+
+
+def next_token(token_ids: list[int]) -> int:
+    """Never EOS, so that requests run to max_tokens."""
+    return 1 + (sum(token_ids) * 31 + len(token_ids)) % 7
+
+
+def make_scheduler(num_blocks: int = 64, budget: int = 16, max_num_seqs: int = 8) -> Scheduler:
+    return Scheduler(
+        BlockPool(num_blocks),
+        block_size=BLOCK,
+        hash_root=ROOT,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        eos_token_ids=frozenset({EOS}),
+    )
+
+
+def make_request(name: str, prompt: list[int], max_tokens: int = 4, **kwargs: object) -> Request:
+    work = Work(request_id=name, prompt=prompt, sampling=Sampling(max_tokens=max_tokens, seed=0))
+    return Request(work, **kwargs)  # type: ignore[arg-type]
+
+
+def run(plan: Plan) -> list[Sampled]:
+    return [Sampled(next_token(item.request.token_ids), None) for item in plan.items if item.samples]
+
+
+def run_to_end(scheduler: Scheduler, limit: int = 500) -> dict[str, list[int]]:
+    tokens: dict[str, list[int]] = {}
+    for _ in range(limit):
+        if not scheduler.has_work:
+            return tokens
+        plan = scheduler.schedule()
+        assert plan.num_tokens <= scheduler.max_num_batched_tokens
+        for new in scheduler.update(plan, run(plan)).tokens:
+            tokens.setdefault(new.request.request_id, []).append(new.token)
+        scheduler.check()
+    raise AssertionError("the scheduler does not come to an end")
+
+
+def expected(prompt: list[int], max_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(max_tokens):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+def test_long_prompt_is_cut_into_chunks() -> None:
+    scheduler = make_scheduler(budget=8)
+    scheduler.add(make_request("a", list(range(1, 21))))
+    counts = []
+    while scheduler.has_work:
+        plan = scheduler.schedule()
+        counts.append(plan.num_tokens)
+        scheduler.update(plan, run(plan))
+    assert counts == [8, 8, 4, 1, 1, 1]
+
+
+def test_running_streams_go_before_a_long_prompt() -> None:
+    scheduler = make_scheduler(budget=8)
+    scheduler.add(make_request("long", list(range(1, 41))))
+    scheduler.update(plan := scheduler.schedule(), run(plan))
+    short = make_request("short", [1], max_tokens=10)
+    scheduler.reserve(short)
+    scheduler.commit(short, 5, None, 0)
+    plan = scheduler.schedule()
+    assert {item.request.request_id: item.count for item in plan.items} == {"short": 1, "long": 7}
+
+
+def test_prefix_is_found_and_last_token_is_always_computed() -> None:
+    scheduler = make_scheduler()
+    prompt = list(range(1, 9))
+    scheduler.add(make_request("a", prompt))
+    first = run_to_end(scheduler)
+    again = make_request("b", prompt)
+    scheduler.add(again)
+    plan = scheduler.schedule()
+    assert [(item.start, item.count) for item in plan.items] == [(4, 4)]
+    scheduler.update(plan, run(plan))
+    assert again.num_cached_tokens == 4
+    assert run_to_end(scheduler) | {} == {"b": first["a"][1:]}
+
+
+def test_preemption_changes_no_token() -> None:
+    prompts = {f"r{i}": [i + 1] * 10 for i in range(5)}
+    scheduler = make_scheduler(num_blocks=12, budget=16)
+    for name, prompt in prompts.items():
+        scheduler.add(make_request(name, prompt, max_tokens=20))
+    tokens = run_to_end(scheduler)
+    assert scheduler.preemptions > 0
+    assert tokens == {name: expected(prompt, 20) for name, prompt in prompts.items()}
+    assert scheduler.pool.num_referenced == 0
+
+
+def test_priority_then_arrival() -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    for name, priority in [("late", 5), ("first", 0), ("second", 0)]:
+        work = Work(
+            request_id=name, prompt=[1, 2], sampling=Sampling(max_tokens=1, seed=0), priority=priority
+        )
+        scheduler.add(Request(work))
+    assert list(run_to_end(scheduler)) == ["first", "second", "late"]
+
+
+def test_cancel_in_flight_keeps_blocks_until_the_step_has_ended() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", [1, 2, 3]))
+    plan = scheduler.schedule()
+    scheduler.cancel("a")
+    assert scheduler.pool.num_referenced == 1, "the step still writes into the block"
+    result = scheduler.update(plan, run(plan))
+    assert result.tokens == []
+    assert scheduler.pool.num_referenced == 0
+    assert scheduler.requests == {}
+
+
+def test_stop_reasons() -> None:
+    def finish(token: int, **sampling: object) -> Request:
+        scheduler = make_scheduler()
+        work = Work(request_id="a", prompt=[1], sampling=Sampling(max_tokens=2, seed=0, **sampling))  # type: ignore[arg-type]
+        request = Request(work)
+        scheduler.add(request)
+        plan = scheduler.schedule()
+        scheduler.update(plan, [Sampled(token, None)])
+        return request
+
+    assert (finish(EOS).finish_reason, finish(EOS).stop_token) == ("stop", EOS)
+    assert finish(EOS, ignore_eos=True).finish_reason is None
+    assert finish(6, stop_token_ids=(6,)).stop_token == 6
+    assert finish(5).finish_reason is None
+
+
+def test_reserve_refuses_without_room_and_holds_nothing() -> None:
+    scheduler = make_scheduler(num_blocks=2)
+    assert scheduler.reserve(make_request("big", [1] * 12)) is None
+    assert scheduler.requests == {}
+    assert scheduler.pool.num_referenced == 0
+    assert scheduler.reserve(make_request("fits", [1] * 8)) == 0
+    assert scheduler.pool.num_referenced == 2
+    scheduler.cancel("fits")
+    assert scheduler.pool.num_referenced == 0
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Any mix of arrivals, reservations, commits, cancels and steps: tokens stay right and nothing leaks."""
+
+    @initialize(num_blocks=st.integers(8, 24), budget=st.integers(4, 24), seqs=st.integers(1, 4))
+    def start(self, num_blocks: int, budget: int, seqs: int) -> None:
+        self.scheduler = make_scheduler(num_blocks, budget, seqs)
+        self.count = 0
+        self.prompts: dict[str, tuple[list[int], int]] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.cancelled: set[str] = set()
+        self.plan: Plan | None = None
+
+    def _new(self, prompt: list[int], max_tokens: int, **kwargs: object) -> Request:
+        self.count += 1
+        name = f"r{self.count}"
+        self.prompts[name] = (prompt, max_tokens)
+        return make_request(name, prompt, max_tokens, **kwargs)
+
+    @rule(
+        prompt=st.lists(st.integers(1, 2), min_size=1, max_size=20),
+        max_tokens=st.integers(1, 8),
+        prefill_only=st.booleans(),
+    )
+    def add(self, prompt: list[int], max_tokens: int, prefill_only: bool) -> None:
+        self.scheduler.add(self._new(prompt, max_tokens, prefill_only=prefill_only))
+
+    @rule(prompt=st.lists(st.integers(1, 2), min_size=1, max_size=20), max_tokens=st.integers(1, 8))
+    def reserve(self, prompt: list[int], max_tokens: int) -> None:
+        self.scheduler.reserve(self._new(prompt, max_tokens))
+
+    @rule(data=st.data())
+    def commit(self, data: st.DataObject) -> None:
+        reserved = [r for r in self.scheduler.requests.values() if r.state is State.RESERVED]
+        if reserved:
+            request = data.draw(st.sampled_from(reserved))
+            new = self.scheduler.commit(request, next_token(request.token_ids), None, 0)
+            self.tokens.setdefault(request.request_id, []).append(new.token)
+
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        if self.scheduler.requests:
+            name = data.draw(st.sampled_from(sorted(self.scheduler.requests)))
+            self.scheduler.cancel(name)
+            self.cancelled.add(name)
+
+    @precondition(lambda self: self.plan is None)
+    @rule()
+    def schedule(self) -> None:
+        self.plan = self.scheduler.schedule()
+        assert self.plan.num_tokens <= self.scheduler.max_num_batched_tokens
+        written = [
+            item.request.block_table[p // BLOCK]
+            for item in self.plan.items
+            for p in range(item.start, item.start + item.count)
+        ]
+        owners: dict[int, str] = {}
+        for item in self.plan.items:
+            for p in range(item.start // BLOCK, -(-(item.start + item.count) // BLOCK)):
+                block = item.request.block_table[p]
+                assert owners.setdefault(block, item.request.request_id) == item.request.request_id
+        assert len(written) == self.plan.num_tokens
+
+    @precondition(lambda self: self.plan is not None)
+    @rule()
+    def update(self) -> None:
+        assert self.plan is not None
+        result = self.scheduler.update(self.plan, run(self.plan))
+        self.plan = None
+        for new in result.tokens:
+            self.tokens.setdefault(new.request.request_id, []).append(new.token)
+        for request in result.progressed:
+            if request.state is State.PREFILLED:
+                self.scheduler.cancel(request.request_id)
+
+    @invariant()
+    def consistent(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.scheduler.check()
+            assert self.scheduler.num_seats_taken <= self.scheduler.max_num_seqs
+
+    @invariant()
+    def tokens_are_right(self) -> None:
+        for name, tokens in getattr(self, "tokens", {}).items():
+            prompt, max_tokens = self.prompts[name]
+            assert tokens == expected(prompt, max_tokens)[: len(tokens)]
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        if self.plan is not None:
+            self.update()
+        for request in list(self.scheduler.requests.values()):
+            if request.state is State.RESERVED:
+                self.scheduler.cancel(request.request_id)
+        for _ in range(2000):
+            if not self.scheduler.has_work:
+                break
+            self.schedule()
+            self.update()
+        assert not self.scheduler.requests
+        assert self.scheduler.pool.num_referenced == 0
+
+
+SchedulerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestScheduler = SchedulerMachine.TestCase

@@ -1,0 +1,195 @@
+"""The engine: requests in, tokens out. Needs neither Ray nor Redis.
+
+A step is: schedule, run, update. `lock` guards requests and blocks and is *not* held while the model runs, so that
+reservations, commits, cancels and the reaper act at once, even in the middle of a long step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from workers.config import EngineConfig
+from workers.engine.block_pool import BlockPool
+from workers.engine.request import Request
+from workers.engine.runner import Runner
+from workers.engine.sampler import Sampler
+from workers.engine.scheduler import Scheduler, StepResult
+from workers.engine.step_input import StepInput
+from workers.models.catalog import PreparedModel
+from workers.models.decoder import Decoder, load_decoder
+from workers.protocol.hashes import hash_root
+from workers.protocol.messages import FinishReason, KvLayout, Load, Sampling, TokenLogprobs, Work
+
+
+class CannotServe(ValueError):
+    """The request can never run on this engine. The message is for the client."""
+
+
+class StepFailed(RuntimeError):
+    """A step raised. Its requests are as they were before it; the caller decides what becomes of them."""
+
+    def __init__(self, requests: list[Request]) -> None:
+        super().__init__(f"a step of {len(requests)} requests failed")
+        self.requests = requests
+
+
+@dataclass(slots=True)
+class Completion:
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+class Engine:
+    def __init__(self, config: EngineConfig, model: PreparedModel) -> None:
+        if config.max_num_batched_tokens < config.max_num_seqs:
+            raise ValueError(
+                f"engine.max_num_batched_tokens ({config.max_num_batched_tokens}) must be at least "
+                f"engine.max_num_seqs ({config.max_num_seqs}): every running request takes one token of each step"
+            )
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        device = torch.device(_choose_device(config.device))
+        dtype = _choose_dtype(config.dtype)
+        decoder = load_decoder(model.path, dtype, device, max_positions=model.max_model_len)
+        self.layout = kv_layout(decoder, config.block_size, model.fingerprint)
+        self.num_blocks = config.num_blocks or max(1, int(config.kv_cache_memory) // self.layout.block_bytes)
+        self.max_model_len = min(
+            config.max_model_len or model.max_model_len, self.num_blocks * config.block_size
+        )
+        self.vocab_size = model.vocab_size
+        self.max_num_seqs = config.max_num_seqs
+        self.hash_root = hash_root(model.fingerprint, self.layout.dtype, config.block_size)
+        self.lock = threading.RLock()
+        self.pool = BlockPool(self.num_blocks, caching=config.prefix_caching)
+        self.scheduler = Scheduler(
+            self.pool,
+            block_size=config.block_size,
+            hash_root=self.hash_root,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            eos_token_ids=frozenset(model.eos_token_ids),
+        )
+        self.runner = Runner(decoder, Sampler(frozenset(model.eos_token_ids)), self.layout, self.num_blocks)
+        self._prompt_tokens = 0
+        self._output_tokens = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.runner.device
+
+    def step(self, deliver: Callable[[StepResult], None] = lambda result: None) -> bool:
+        """One step of the whole batch; False when there was nothing to compute.
+
+        `deliver` is called under the lock, before anybody else can see the new state. Raises StepFailed.
+        """
+        with self.lock:
+            plan = self.scheduler.schedule()
+        if not plan.items:
+            return False
+        try:
+            sampled = self.runner.run(StepInput.of(plan, self.layout.block_size))
+        except Exception as error:
+            with self.lock:
+                self.scheduler.abandon(plan)
+            raise StepFailed([item.request for item in plan.items]) from error
+        with self.lock:
+            self._output_tokens += len(sampled)
+            self._prompt_tokens += plan.num_tokens - len(sampled)
+            deliver(self.scheduler.update(plan, sampled))
+        return True
+
+    def check(self, work: Work, *, prefill_only: bool = False) -> None:
+        """Raise CannotServe when the request could never run here, whatever the load."""
+        given = len(work.prompt) + len(work.output)
+        if given == 0:
+            raise CannotServe("the prompt is empty")
+        total = given + 1 if prefill_only else len(work.prompt) + work.sampling.max_tokens
+        if total > self.max_model_len:
+            raise CannotServe(
+                f"prompt ({len(work.prompt)} tokens) and max_tokens ({work.sampling.max_tokens}) exceed the "
+                f"{self.max_model_len} tokens that this worker can hold"
+            )
+        if len(work.output) >= work.sampling.max_tokens:
+            raise CannotServe(
+                f"{len(work.output)} output tokens given, max_tokens is {work.sampling.max_tokens}"
+            )
+        bad = next(
+            (t for t in itertools.chain(work.prompt, work.output) if not 0 <= t < self.vocab_size), None
+        )
+        if bad is not None:
+            raise CannotServe(f"token id {bad} is outside the vocabulary of {self.vocab_size}")
+
+    def load(self) -> Load:
+        """A consistent snapshot of what this engine holds."""
+        with self.lock:
+            scheduler, pool = self.scheduler, self.pool
+            return Load(
+                running=len(scheduler.running),
+                waiting=len(scheduler.waiting),
+                reserved=scheduler.num_reserved,
+                queued_prefill_tokens=scheduler.queued_prefill_tokens,
+                active_blocks=pool.num_referenced,
+                cached_blocks=pool.num_cached,
+                free_blocks=pool.num_free,
+                prefix_hit_tokens=scheduler.hit_tokens,
+                prefix_query_tokens=scheduler.query_tokens,
+                prompt_tokens=self._prompt_tokens,
+                output_tokens=self._output_tokens,
+                preemptions=scheduler.preemptions,
+            )
+
+    def generate(
+        self, prompts: Sequence[list[int]], sampling: Sampling | Sequence[Sampling]
+    ) -> list[Completion]:
+        """Run all prompts to their end in this thread. For tests, benchmarks and offline use."""
+        each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        completions = {f"offline-{i}": Completion() for i in range(len(prompts))}
+        for (request_id, prompt), params in zip(zip(completions, prompts, strict=True), each, strict=True):
+            work = Work(request_id=request_id, prompt=prompt, sampling=params)
+            self.check(work)
+            with self.lock:
+                self.scheduler.add(Request(work))
+
+        def collect(result: StepResult) -> None:
+            for new in result.tokens:
+                completion = completions[new.request.request_id]
+                completion.tokens.append(new.token)
+                if new.logprobs is not None:
+                    completion.logprobs.append(new.logprobs)
+                completion.finish_reason = new.request.finish_reason
+
+        while self.scheduler.has_work:
+            self.step(collect)
+        return list(completions.values())
+
+
+def kv_layout(decoder: Decoder, block_size: int, fingerprint: str) -> KvLayout:
+    spec = decoder.spec
+    return KvLayout(
+        num_layers=spec.num_layers,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        block_size=block_size,
+        dtype=str(decoder.dtype).removeprefix("torch."),
+        model_fingerprint=fingerprint,
+    )
+
+
+def _choose_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("engine.device is cuda, but torch finds no GPU here; use cpu or auto")
+    return device
+
+
+def _choose_dtype(dtype: str) -> torch.dtype:
+    chosen = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    assert isinstance(chosen, torch.dtype)
+    return chosen

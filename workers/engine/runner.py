@@ -1,0 +1,65 @@
+"""Carries out a step: tensors in, one forward pass, tokens out. Owns the weights' use and the KV cache."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from kernels.reference import AttentionBatch
+from workers.engine.sampler import Sampler
+from workers.engine.scheduler import Sampled
+from workers.engine.step_input import StepInput
+from workers.models.decoder import Decoder
+from workers.protocol.messages import KvLayout
+
+
+class Runner:
+    def __init__(self, model: Decoder, sampler: Sampler, layout: KvLayout, num_blocks: int) -> None:
+        self.model = model
+        self.device = model.device
+        self.layout = layout
+        self._sampler = sampler
+        # Zeros, not garbage: padding is read and masked, and 0 * NaN would still be NaN.
+        self.kv_cache = torch.zeros(
+            num_blocks,
+            layout.num_layers,
+            2,
+            layout.num_kv_heads,
+            layout.block_size,
+            layout.head_dim,
+            dtype=model.dtype,
+            device=self.device,
+        )
+
+    @torch.inference_mode()
+    def run(self, step: StepInput) -> list[Sampled]:
+        """One entry for each of `step.samples`."""
+        batch = AttentionBatch(
+            query_start=step.query_start,
+            seq_lens=step.seq_lens,
+            block_tables=self._tensor(_padded(step.block_tables)),
+            slots=self._tensor(step.slots),
+        )
+        rows = self._tensor(step.sample_rows)
+        hidden = self.model.forward(
+            self._tensor(step.token_ids), self._tensor(step.positions), self.kv_cache, batch, rows
+        )
+        if not step.samples:
+            return []
+        return self._sampler(self.model.logits(hidden), step.samples)
+
+    def _tensor(self, values: list[int] | np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(values, dtype=torch.int64).to(self.device)
+
+    def block_bytes(self) -> np.ndarray:
+        """The cache of a CPU runner as uint8 [num_blocks, block_bytes]: each row is a block as it goes on the wire."""
+        if self.device.type != "cpu":
+            raise RuntimeError("only a CPU cache can be seen as bytes")
+        return self.kv_cache.view(torch.uint8).view(self.kv_cache.shape[0], -1).numpy()
+
+
+def _padded(tables: list[list[int]]) -> np.ndarray:
+    padded = np.zeros((len(tables), max(map(len, tables))), dtype=np.int64)
+    for row, table in enumerate(tables):
+        padded[row, : len(table)] = table
+    return padded

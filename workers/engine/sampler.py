@@ -1,0 +1,94 @@
+"""From logits to tokens: bias and penalties, the draw, log-probabilities."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kernels.sampling import sample
+from workers.engine.scheduler import Sampled
+from workers.protocol.messages import Sampling, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class SampleInput:
+    """What the choice of one token hangs on besides the logits."""
+
+    sampling: Sampling
+    position: int  # index of the token among the output tokens
+    token_ids: Sequence[int]  # prompt and output so far
+    num_prompt_tokens: int
+
+
+class Sampler:
+    def __init__(self, eos_token_ids: frozenset[int]) -> None:
+        self._eos_token_ids = eos_token_ids
+
+    def __call__(self, logits: torch.Tensor, inputs: Sequence[SampleInput]) -> list[Sampled]:
+        """`logits` is float32 [len(inputs), vocab]; rows are changed in place where bias or penalties apply."""
+        greedy = logits.argmax(dim=-1).tolist() if any(_plain_greedy(i.sampling) for i in inputs) else []
+        results = []
+        for row, given in enumerate(inputs):
+            sampling = given.sampling
+            # Log-probabilities are the model's own: taken before bias, penalties and temperature.
+            raw = torch.log_softmax(logits[row], dim=-1) if sampling.logprobs is not None else None
+            if _plain_greedy(sampling):
+                token = greedy[row]
+            else:
+                self._adjust(logits[row], given)
+                token = sample(
+                    logits[row],
+                    temperature=sampling.temperature,
+                    top_k=sampling.top_k,
+                    top_p=sampling.top_p,
+                    min_p=sampling.min_p,
+                    seed=sampling.seed,
+                    position=given.position,
+                )
+            results.append(Sampled(token, _logprobs(raw, token, sampling.logprobs)))
+        return results
+
+    def _adjust(self, row: torch.Tensor, given: SampleInput) -> None:
+        sampling = given.sampling
+        if sampling.repetition_penalty != 1.0:
+            seen = torch.tensor(list(set(given.token_ids)), device=row.device)
+            values = row[seen]
+            penalty = sampling.repetition_penalty
+            row[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            counts = Counter(given.token_ids[given.num_prompt_tokens :])
+            if counts:
+                tokens = torch.tensor(list(counts), device=row.device)
+                times = torch.tensor(list(counts.values()), dtype=row.dtype, device=row.device)
+                row[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * times
+        if sampling.logit_bias:
+            tokens = torch.tensor(list(sampling.logit_bias), device=row.device)
+            row[tokens] += torch.tensor(
+                list(sampling.logit_bias.values()), dtype=row.dtype, device=row.device
+            )
+        if given.position < sampling.min_tokens:
+            ends = [*self._eos_token_ids, *sampling.stop_token_ids]
+            row[torch.tensor(ends, dtype=torch.int64, device=row.device)] = -torch.inf
+
+
+def _plain_greedy(sampling: Sampling) -> bool:
+    return sampling.temperature == 0.0 and not (
+        sampling.logit_bias
+        or sampling.min_tokens
+        or sampling.repetition_penalty != 1.0
+        or sampling.presence_penalty
+        or sampling.frequency_penalty
+    )
+
+
+def _logprobs(raw: torch.Tensor | None, token: int, count: int | None) -> TokenLogprobs | None:
+    if raw is None or count is None:
+        return None
+    top: list[tuple[int, float]] = []
+    if count > 0:
+        values, ids = torch.topk(raw, min(count, raw.numel()))
+        top = list(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprobs(logprob=float(raw[token]), top=top)

@@ -1,0 +1,370 @@
+"""Which tokens are computed in the next step.
+
+Pure Python. There is no prefill phase and no decode phase: a request has tokens that are known and tokens that are
+computed, and each step spends a budget of tokens on letting requests catch up. Prompts longer than the budget are
+thereby cut into chunks, prefix hits and blocks received from a prefill worker are tokens already computed, and
+preemption sets a request's computed tokens back to zero.
+
+The engine calls `schedule`, runs the plan, and calls `update`; between the two calls the requests of the plan are *in
+flight*: their blocks are being written, so a cancel is only noted and carried out by `update`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from workers.engine.block_pool import BlockPool
+from workers.engine.request import NewToken, Request, State
+from workers.protocol.hashes import extend_hashes
+from workers.protocol.messages import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """Tokens [start, start + count) of one request; `samples` when they reach the last known token."""
+
+    request: Request
+    start: int
+    count: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    items: tuple[Scheduled, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.count for item in self.items)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What the runner chose for one sampling item of the plan, in plan order."""
+
+    token: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What `update` made of a step."""
+
+    tokens: list[NewToken]
+    progressed: list[
+        Request
+    ]  # prefill-only requests with newly computed blocks; PREFILLED ones are to be finished
+
+
+class Scheduler:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        block_size: int,
+        hash_root: bytes,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        eos_token_ids: frozenset[int] = frozenset(),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.pool = pool
+        self.block_size = block_size
+        self.hash_root = hash_root
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.eos_token_ids = eos_token_ids
+        self.requests: dict[str, Request] = {}
+        self.running: list[Request] = []  # oldest first
+        self.waiting: list[Request] = []  # sorted by _urgency
+        self.preemptions = 0
+        self.hit_tokens = 0
+        self.query_tokens = 0
+        self._clock = clock
+        self._in_flight: set[str] = set()
+        self._num_reserved = 0
+
+    # --- in and out -------------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a request that is computed here from its first uncached token on."""
+        self._admit(request)
+        self._enqueue(request)
+
+    def reserve(self, request: Request) -> int | None:
+        """Hold blocks for all known tokens of a request whose KV comes from elsewhere.
+
+        Returns the number of leading blocks that the prefix cache already holds, or None without room.
+        """
+        self._admit(request)
+        matched = self._match(request)
+        missing = self._blocks_for(request.num_tokens) - len(matched)
+        no_seat = self.num_seats_taken >= self.max_num_seqs
+        if no_seat or missing > self.pool.num_available(matched):
+            del self.requests[request.request_id]
+            return None
+        self._take(request, matched)
+        fresh = self.pool.allocate(missing)
+        assert fresh is not None
+        request.block_table += fresh
+        request.state = State.RESERVED
+        self._num_reserved += 1
+        return len(matched)
+
+    def commit(
+        self, request: Request, token: int, logprobs: TokenLogprobs | None, cached_tokens: int
+    ) -> NewToken:
+        """All bytes have arrived: the known tokens are computed, and `token` is the first that was sampled."""
+        if request.state is not State.RESERVED:
+            raise RuntimeError(f"commit of {request}")
+        request.num_computed_tokens = request.num_tokens
+        request.num_cached_tokens = max(request.num_cached_tokens, cached_tokens)
+        self._store_full_blocks(request)
+        index = request.num_output_tokens
+        now = self._clock()
+        request.times.scheduled = request.times.scheduled or now
+        request.times.prefilled = request.times.last_token = now
+        request.append(token, self.eos_token_ids)
+        extend_hashes(
+            request.block_hashes, request.token_ids, self.block_size, self.hash_root, request.work.cache_salt
+        )
+        request.state = State.RUNNING
+        self._num_reserved -= 1
+        self.running.append(request)
+        if request.finish_reason is not None:
+            self._finish(request)
+        return NewToken(request, index, token, logprobs)
+
+    def has_room(self, request: Request) -> bool:
+        """Whether a request that was not added yet could start at once, with all its known tokens."""
+        extend_hashes(
+            request.block_hashes, request.token_ids, self.block_size, self.hash_root, request.work.cache_salt
+        )
+        matched = self._match(request)
+        missing = self._blocks_for(request.num_tokens) - len(matched)
+        free_seat = self.num_seats_taken + len(self.waiting) < self.max_num_seqs
+        return free_seat and not self.waiting and missing <= self.pool.num_available(matched)
+
+    def uncached_tokens(self, request: Request) -> int:
+        """Tokens that this engine would have to compute for a request that was not added yet."""
+        extend_hashes(
+            request.block_hashes, request.token_ids, self.block_size, self.hash_root, request.work.cache_salt
+        )
+        return request.num_tokens - len(self._match(request)) * self.block_size
+
+    def cancel(self, request_id: str) -> None:
+        """Idempotent. Blocks are free on return, or after the step in flight."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return
+        if request_id in self._in_flight:
+            request.cancelled = True
+        else:
+            self._finish(request)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    @property
+    def num_seats_taken(self) -> int:
+        """Requests that take part in steps, now or as soon as their blocks have arrived."""
+        return len(self.running) + self._num_reserved
+
+    @property
+    def num_reserved(self) -> int:
+        return self._num_reserved
+
+    @property
+    def queued_prefill_tokens(self) -> int:
+        """Known tokens that are not computed, without the one token that every running stream is ahead."""
+        behind = (r.num_tokens - r.num_computed_tokens for r in (*self.waiting, *self.running))
+        return sum(count for count in behind if count > 1)
+
+    # --- the step ---------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Plan:
+        """Running requests first, then waiting ones as long as there is room."""
+        budget = self.max_num_batched_tokens
+        planned: dict[str, Scheduled] = {}
+        preempted = False
+        # Those that only need their next token go before those that still read their prompt: a long prompt must not
+        # stall running streams. Within both the oldest goes first, and the youngest of all is the one to preempt.
+        for request in sorted(self.running, key=lambda r: r.num_tokens - r.num_computed_tokens > 1):
+            if request.state is not State.RUNNING or budget == 0:
+                continue
+            count = min(request.num_tokens - request.num_computed_tokens, budget)
+            while not self._grow(request, request.num_computed_tokens + count):
+                preempted = True
+                victim = self.running[-1]
+                self._preempt(victim)
+                dropped = planned.pop(victim.request_id, None)
+                budget += dropped.count if dropped else 0
+                if victim is request:
+                    break
+            if request.state is State.RUNNING:
+                planned[request.request_id] = self._item(request, count)
+                budget -= count
+        while self.waiting and budget > 0 and self.num_seats_taken < self.max_num_seqs and not preempted:
+            request = self.waiting[0]
+            matched = self._match(request)
+            cached = len(matched) * self.block_size
+            count = min(request.num_tokens - cached, budget)
+            missing = self._blocks_for(cached + count) - len(matched)
+            if missing > self.pool.num_available(matched):
+                break
+            self.waiting.pop(0)
+            self._take(request, matched)
+            request.num_computed_tokens = cached
+            request.state = State.RUNNING
+            self.running.append(request)
+            grown = self._grow(request, cached + count)
+            assert grown
+            request.times.scheduled = request.times.scheduled or self._clock()
+            planned[request.request_id] = self._item(request, count)
+            budget -= count
+        self._in_flight = set(planned)
+        return Plan(tuple(planned.values()))
+
+    def update(self, plan: Plan, sampled: Sequence[Sampled]) -> StepResult:
+        """The plan has run: `sampled` has one entry for each item that samples, in order."""
+        result = StepResult([], [])
+        self._in_flight = set()
+        choices = iter(sampled)
+        now = self._clock()
+        for item in plan.items:
+            request = item.request
+            choice = next(choices) if item.samples else None
+            if request.cancelled:
+                self._finish(request)
+                continue
+            request.num_computed_tokens = item.start + item.count
+            self._store_full_blocks(request)
+            if request.prefill_only:
+                result.progressed.append(request)
+            if choice is None:
+                continue
+            index = request.num_output_tokens
+            request.append(choice.token, self.eos_token_ids)
+            request.times.prefilled = request.times.prefilled or now
+            request.times.last_token = now
+            result.tokens.append(NewToken(request, index, choice.token, choice.logprobs))
+            if request.prefill_only:
+                self.running.remove(request)
+                request.state = State.PREFILLED
+            elif request.finish_reason is not None:
+                self._finish(request)
+            else:
+                extend_hashes(
+                    request.block_hashes,
+                    request.token_ids,
+                    self.block_size,
+                    self.hash_root,
+                    request.work.cache_salt,
+                )
+        return result
+
+    def abandon(self, plan: Plan) -> None:
+        """The plan could not be run: none of its requests is in flight any more."""
+        self._in_flight = set()
+        for item in plan.items:
+            if item.request.cancelled:
+                self._finish(item.request)
+
+    # --- parts ------------------------------------------------------------------------------------------------------
+
+    def _admit(self, request: Request) -> None:
+        if request.request_id in self.requests:
+            raise ValueError(f"request {request.request_id} is already here")
+        extend_hashes(
+            request.block_hashes, request.token_ids, self.block_size, self.hash_root, request.work.cache_salt
+        )
+        self.requests[request.request_id] = request
+
+    @staticmethod
+    def _urgency(request: Request) -> tuple[int, float]:
+        return (request.work.priority, request.times.arrived)
+
+    def _enqueue(self, request: Request) -> None:
+        request.state = State.WAITING
+        position = len(self.waiting)
+        while position and self._urgency(self.waiting[position - 1]) > self._urgency(request):
+            position -= 1
+        self.waiting.insert(position, request)
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def _match(self, request: Request) -> list[int]:
+        """Held blocks of the request's prefix; at least one token is left to compute, or none could be sampled."""
+        usable = (request.num_tokens - 1) // self.block_size
+        return self.pool.match(request.block_hashes[:usable])
+
+    def _take(self, request: Request, matched: list[int]) -> None:
+        self.pool.acquire(matched)
+        request.block_table = list(matched)
+        request.num_stored_blocks = len(matched)
+        if request.preemptions == 0:
+            request.num_cached_tokens = len(matched) * self.block_size
+            self.hit_tokens += request.num_cached_tokens
+            self.query_tokens += request.num_tokens
+
+    def _grow(self, request: Request, num_tokens: int) -> bool:
+        missing = self._blocks_for(num_tokens) - len(request.block_table)
+        if missing <= 0:
+            return True
+        fresh = self.pool.allocate(missing)
+        if fresh is None:
+            return False
+        request.block_table += fresh
+        return True
+
+    def _item(self, request: Request, count: int) -> Scheduled:
+        start = request.num_computed_tokens
+        return Scheduled(request, start, count, samples=start + count == request.num_tokens)
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self.pool.release(request.block_table)
+        request.block_table = []
+        request.num_stored_blocks = 0
+        request.num_computed_tokens = 0
+        request.preemptions += 1
+        self.preemptions += 1
+        self._enqueue(request)
+
+    def _store_full_blocks(self, request: Request) -> None:
+        full = min(request.num_computed_tokens // self.block_size, len(request.block_hashes))
+        for index in range(request.num_stored_blocks, full):
+            parent = request.block_hashes[index - 1] if index else self.hash_root
+            self.pool.store(request.block_table[index], request.block_hashes[index], parent)
+        request.num_stored_blocks = max(request.num_stored_blocks, full)
+
+    def _finish(self, request: Request) -> None:
+        """The one way out: leaves every list and gives every block back."""
+        del self.requests[request.request_id]
+        if request.state is State.RUNNING:
+            self.running.remove(request)
+        elif request.state is State.WAITING:
+            self.waiting.remove(request)
+        elif request.state is State.RESERVED:
+            self._num_reserved -= 1
+        self.pool.release(request.block_table)
+        request.block_table = []
+        request.state = State.FINISHED
+
+    def check(self) -> None:
+        """Raise AssertionError unless lists, states and blocks agree."""
+        self.pool.check(request.block_table for request in self.requests.values())
+        reserved = sum(request.state is State.RESERVED for request in self.requests.values())
+        assert reserved == self._num_reserved
+        for request in self.requests.values():
+            assert (request in self.running) == (request.state is State.RUNNING), request
+            assert (request in self.waiting) == (request.state is State.WAITING), request
+            assert request.num_computed_tokens <= request.num_tokens, request
+            if request.state is State.WAITING:
+                assert not request.block_table, request
+            if request.state is State.RUNNING:
+                assert len(request.block_table) >= self._blocks_for(request.num_computed_tokens), request

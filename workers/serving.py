@@ -1,0 +1,321 @@
+"""The requests of one worker: from a router's messages to the engine, and from the engine's steps back.
+
+Everything here runs under the engine's lock, so an answer is sent before anybody can see the next state, and tokens of
+a request leave in order whichever thread made them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+
+from workers.config import WorkerConfig
+from workers.engine.engine import CannotServe, Engine, StepFailed
+from workers.engine.request import NewToken, Request, State
+from workers.engine.scheduler import StepResult
+from workers.metrics import WorkerMetrics
+from workers.protocol.messages import (
+    Accepted,
+    FailureCode,
+    Failed,
+    Load,
+    Prefill,
+    PrefillDone,
+    Reserve,
+    Ticketed,
+    TokenDelta,
+    Tokens,
+)
+from workers.transfer.block_memory import BlockMemory
+from workers.transfer.handoff import Handoff, Handoffs
+from workers.transfer.tickets import Arrival, Tickets
+
+logger = logging.getLogger(__name__)
+
+_IDLE_S = 0.1  # a queue that could not move is looked at again after this, whatever happens
+
+CacheSink = Callable[[list[tuple[bytes, bytes]], list[bytes]], None]
+
+
+class Owner(Protocol):
+    """The connection of the router that a request belongs to."""
+
+    def send(self, message: Any) -> None:
+        """From any thread; never blocks; messages arrive in the order of the calls."""
+
+
+class Serving:
+    def __init__(
+        self,
+        config: WorkerConfig,
+        engine: Engine,
+        memory: BlockMemory,
+        metrics: WorkerMetrics,
+        *,
+        publish: CacheSink = lambda stored, removed: None,
+        on_room: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._publish = publish
+        self._on_room = on_room  # called when blocks became free after a router was told `busy`
+        self._told_busy = False
+        self._draining = False
+        self._owners: dict[str, Owner] = {}
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.failure: BaseException | None = None  # what ended the engine thread
+        self.tickets = Tickets(engine, config.worker_id, config.epoch, self._committed, self._ticket_lost)
+        self.handoffs = Handoffs(
+            engine,
+            memory,
+            config.transfer,
+            worker_id=config.worker_id,
+            secret=config.secret.encode(),
+            on_end=self._handoff_ended,
+        )
+
+    def start(self) -> None:
+        self.tickets.start()
+        self.handoffs.start()
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._wake.set()
+        self.tickets.stop()
+        self.handoffs.stop()
+        if self._thread.is_alive():
+            self._thread.join(timeout=30)
+
+    def load(self) -> Load:
+        return msgspec.structs.replace(self._engine.load(), sending=len(self.handoffs))
+
+    def num_requests(self) -> int:
+        with self._engine.lock:
+            return len(self._owners)
+
+    # --- what routers ask for ---------------------------------------------------------------------------------------
+
+    def reserve(self, owner: Owner, message: Reserve) -> None:
+        """Take a request for decoding; answers Accepted, Ticketed or Failed."""
+        work = message.work
+        with self._engine.lock:
+            if not self._may_take(owner, work.request_id):
+                return
+            try:
+                self._engine.check(work)
+            except CannotServe as error:
+                owner.send(Failed(work.request_id, "invalid", str(error)))
+                return
+            request = Request(work)
+            scheduler = self._engine.scheduler
+            uncached = scheduler.uncached_tokens(request)
+            if uncached <= message.local_prefill_max:
+                if not scheduler.has_room(request):
+                    self._busy(owner, request)
+                    return
+                scheduler.add(request)
+                owner.send(Accepted(work.request_id, request.num_tokens - uncached))
+                self._wake.set()
+            else:
+                ticket = self.tickets.open(request, message.transfer_id, message.lease_s)
+                if ticket is None:
+                    self._busy(owner, request)
+                    return
+                owner.send(Ticketed(work.request_id, ticket))
+            self._owners[work.request_id] = owner
+
+    def prefill(self, owner: Owner, message: Prefill) -> None:
+        """Compute a prompt for a decode worker; answers PrefillDone or Failed when the hand-over has ended."""
+        work, ticket = message.work, message.ticket
+        with self._engine.lock:
+            if not self._may_take(owner, work.request_id):
+                return
+            try:
+                self._engine.check(work, prefill_only=True)
+            except CannotServe as error:
+                owner.send(Failed(work.request_id, "invalid", str(error)))
+                return
+            if ticket.layout != self._engine.layout:
+                reason = f"{ticket.worker_id} wants {ticket.layout}, blocks here are {self._engine.layout}"
+                owner.send(Failed(work.request_id, "transfer_failed", reason))
+                return
+            request = Request(work, prefill_only=True)
+            expected = -(-request.num_tokens // self._engine.layout.block_size)
+            if not 0 <= ticket.first_block < ticket.num_blocks == expected:
+                reason = f"the ticket is for blocks {ticket.first_block}..{ticket.num_blocks}, the prompt has {expected}"
+                owner.send(Failed(work.request_id, "transfer_failed", reason))
+                return
+            self.handoffs.open(request, ticket)
+            self._engine.scheduler.add(request)
+            self._owners[work.request_id] = owner
+            self._wake.set()
+
+    def cancel(self, request_id: str) -> None:
+        """Idempotent, in any state, on either role."""
+        with self._engine.lock:
+            self._owners.pop(request_id, None)
+            self.tickets.cancel(request_id)
+            self.handoffs.cancel(request_id)
+            self._engine.scheduler.cancel(request_id)
+            self._room()
+            self._wake.set()
+
+    def drop_owner(self, owner: Owner) -> None:
+        """The connection is gone: so is everything that it owned."""
+        with self._engine.lock:
+            for request_id in [r for r, o in self._owners.items() if o is owner]:
+                self.cancel(request_id)
+
+    def drain(self) -> None:
+        """Take nothing new; what is here goes on."""
+        self._draining = True
+
+    def _may_take(self, owner: Owner, request_id: str) -> bool:
+        if self._draining:
+            owner.send(Failed(request_id, "draining", "this worker is about to stop"))
+        elif request_id in self._owners or request_id in self._engine.scheduler.requests:
+            owner.send(Failed(request_id, "internal", f"request {request_id} is already here"))
+        else:
+            return True
+        return False
+
+    def _busy(self, owner: Owner, request: Request) -> None:
+        self._told_busy = True
+        pool = self._engine.pool
+        need = -(-request.num_tokens // self._engine.layout.block_size)
+        reason = f"{need} blocks wanted, {pool.num_free} of {pool.num_blocks} are free"
+        owner.send(Failed(request.request_id, "busy", reason))
+
+    def _room(self) -> None:
+        if self._told_busy:
+            self._told_busy = False
+            self._on_room()
+
+    # --- what the engine and the transfer report --------------------------------------------------------------------
+
+    def _deliver(self, result: StepResult) -> None:
+        """Under the lock, right after a step."""
+        first_tokens = {new.request.request_id: new for new in result.tokens if new.request.prefill_only}
+        for request in result.progressed:
+            self.handoffs.advance(request, first_tokens.get(request.request_id))
+            if request.state is State.PREFILLED:
+                self._engine.scheduler.cancel(request.request_id)
+        self._send_tokens([new for new in result.tokens if not new.request.prefill_only])
+
+    def _committed(self, arrival: Arrival) -> None:
+        self._metrics.received(arrival.transfer_s, arrival.num_bytes)
+        self._send_tokens([arrival.new])
+        self._wake.set()
+
+    def _send_tokens(self, tokens: list[NewToken]) -> None:
+        frames: dict[Owner, list[TokenDelta]] = {}
+        for new in tokens:
+            request = new.request
+            owner = self._owners.get(request.request_id)
+            if owner is None:
+                continue
+            frames.setdefault(owner, []).append(
+                TokenDelta(
+                    request_id=request.request_id,
+                    index=new.index,
+                    tokens=[new.token],
+                    logprobs=[new.logprobs] if new.logprobs is not None else [],
+                    finish_reason=request.finish_reason,
+                    stop_token=request.stop_token,
+                    cached_tokens=min(request.num_cached_tokens, request.num_prompt_tokens),
+                )
+            )
+            if request.finish_reason is not None:
+                del self._owners[request.request_id]
+                self._metrics.finished(request)
+                self._room()
+        for owner, deltas in frames.items():
+            owner.send(Tokens(deltas))
+
+    def _ticket_lost(self, request: Request, code: FailureCode, reason: str) -> None:
+        self._metrics.failed(code)
+        self._fail(request.request_id, code, reason)
+
+    def _handoff_ended(self, handoff: Handoff, code: FailureCode | None, reason: str) -> None:
+        request = handoff.request
+        if code is not None:
+            self._metrics.failed(code)
+            self._fail(request.request_id, code, reason)
+            return
+        times = request.times
+        done = PrefillDone(
+            request_id=request.request_id,
+            cached_tokens=request.num_cached_tokens,
+            queue_s=times.scheduled - times.arrived,
+            prefill_s=times.prefilled - times.scheduled,
+            transfer_s=handoff.ended_at - times.prefilled,
+            transfer_bytes=handoff.num_bytes,
+            channel=handoff.channel_kind,
+        )
+        self._metrics.prefilled(done)
+        owner = self._owners.pop(request.request_id, None)
+        if owner is not None:
+            owner.send(done)
+
+    def _fail(self, request_id: str, code: FailureCode, reason: str) -> None:
+        owner = self._owners.pop(request_id, None)
+        if owner is not None:
+            owner.send(Failed(request_id, code, reason))
+        self._room()
+        self._wake.set()
+
+    # --- the engine's thread ----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._wake.clear()
+                began = time.monotonic()
+                try:
+                    worked = self._engine.step(self._deliver)
+                except StepFailed as error:
+                    self._step_failed(error)
+                    continue
+                if worked:
+                    self._metrics.step(time.monotonic() - began)
+                self._publish_cache()
+                if not worked:
+                    self._wake.wait(_IDLE_S)
+        except BaseException as error:
+            self.failure = error
+            logger.exception("the engine thread died")
+            raise
+
+    def _step_failed(self, error: StepFailed) -> None:
+        """A request must not take the worker down with it: those of the step fail aloud, the others go on."""
+        logger.error("a step of %d requests failed", len(error.requests), exc_info=error.__cause__)
+        reason = f"the step failed: {error.__cause__}"
+        with self._engine.lock:
+            for request in error.requests:
+                self.handoffs.cancel(request.request_id, reason)
+                self._engine.scheduler.cancel(request.request_id)
+                self._fail(request.request_id, "internal", reason)
+
+    def _publish_cache(self) -> None:
+        with self._engine.lock:
+            events = self._engine.pool.drain_events()
+            if events is not None:
+                self._publish(events.stored, events.removed)
+
+    def check(self) -> None:
+        """Raise AssertionError unless blocks, leases and owners agree."""
+        with self._engine.lock:
+            scheduler = self._engine.scheduler
+            tables = [request.block_table for request in scheduler.requests.values()]
+            self._engine.pool.check([*tables, *self.tickets.writing, *self.handoffs.holding])
+            assert set(scheduler.requests) <= set(self._owners) | {
+                r for r, q in scheduler.requests.items() if q.cancelled
+            }

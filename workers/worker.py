@@ -1,0 +1,166 @@
+"""The worker process: one model replica with its servers. Started by an actor of cluster/, or by hand:
+
+python -m workers.worker config.json        (a WorkerConfig as JSON; SIGTERM stops it)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from workers.config import WorkerConfig
+from workers.engine.engine import Engine
+from workers.metrics import WorkerMetrics
+from workers.models.catalog import prepare_model
+from workers.protocol.messages import StatusReply, StatusRequest, WorkerInfo
+from workers.publisher import Publisher
+from workers.serving import Serving
+from workers.token_server import TokenServer
+from workers.transfer.block_memory import block_memory
+from workers.transfer.receiver import Receiver
+
+logger = logging.getLogger(__name__)
+
+
+class Worker:
+    def __init__(self, config: WorkerConfig) -> None:
+        self.config = config
+        self._stopped = threading.Event()
+        self._publisher: Publisher | None = None
+        self._receiver: Receiver | None = None
+
+    def start(self) -> WorkerInfo:
+        """Load the model, open the ports, register. Raises ModelError, ValueError, OSError."""
+        config = self.config
+        secret = config.secret.encode()
+        self._server = TokenServer(
+            host=config.host,
+            port=config.port,
+            secret=secret,
+            heartbeat_s=config.heartbeat_s,
+            timeout_s=config.timeout_s,
+            status=self.status,
+        )
+        address = self._server.bind()
+        self.engine = Engine(config.engine, prepare_model(str(config.model_path)))
+        memory = block_memory(self.engine.runner.kv_cache)
+        self._metrics = WorkerMetrics(config.worker_id, config.role, config.served_name)
+        self.serving = Serving(
+            config,
+            self.engine,
+            memory,
+            self._metrics,
+            publish=self._publish,
+            on_room=self._server.broadcast_load,
+        )
+        self._metrics.watch(self.serving.load, self.engine.num_blocks)
+        if config.role == "decode":
+            self._receiver = Receiver(
+                self.serving.tickets,
+                memory,
+                self.engine.layout.block_bytes,
+                secret=secret,
+                host=config.transfer.host,
+                channels=list(config.transfer.channels),
+                io_timeout_s=config.transfer.io_timeout_s,
+            )
+            self.serving.tickets.endpoints = self._receiver.endpoints
+        self.info = self._describe(address)
+        if self._receiver is not None:
+            self._receiver.start(self.info)
+        if config.redis_url is not None:
+            self._publisher = Publisher(
+                self.info,
+                config.redis_url,
+                config.cluster,
+                lease_s=config.timeout_s,
+                snapshot=self._snapshot,
+            )
+        self.serving.start()
+        self._server.start(self.serving, self.info)
+        if self._publisher is not None:
+            self._publisher.start()
+        logger.info("%s:%d serves %s on %s", config.worker_id, config.epoch, config.served_name, address)
+        return self.info
+
+    def wait(self) -> None:
+        """Until `stop`. Raises what ended the engine, if it died."""
+        while not self._stopped.wait(0.2):
+            if self.serving.failure is not None:
+                raise RuntimeError("the engine died") from self.serving.failure
+
+    def stop(self) -> None:
+        """Every connection is closed, every thread ended, the registration taken back."""
+        self.serving.drain()
+        if self._publisher is not None:
+            self._publisher.close()
+        self._server.stop()
+        self.serving.stop()
+        if self._receiver is not None:
+            self._receiver.stop()
+        self._stopped.set()
+
+    def status(self, request: StatusRequest) -> StatusReply:
+        with self.engine.lock:
+            return StatusReply(
+                query_id=request.query_id,
+                load=self.serving.load(),
+                referenced_blocks=self.engine.pool.num_referenced,
+                leases=len(self.serving.tickets) + len(self.serving.handoffs),
+                requests=self.serving.num_requests(),
+                peers=self.serving.handoffs.channels(),
+                hashes=[h for h, _ in self.engine.pool.cached_hashes()] if request.want_hashes else [],
+                metrics=self._metrics.text() if request.want_metrics else b"",
+            )
+
+    def _describe(self, address: str) -> WorkerInfo:
+        engine = self.engine
+        return WorkerInfo(
+            worker_id=self.config.worker_id,
+            epoch=self.config.epoch,
+            role=self.config.role,
+            address=address,
+            model=self.config.served_name,
+            layout=engine.layout,
+            hash_root=engine.hash_root,
+            num_blocks=engine.num_blocks,
+            max_model_len=engine.max_model_len,
+            max_num_seqs=engine.max_num_seqs,
+            vocab_size=engine.vocab_size,
+            device=str(engine.device),
+            pid=os.getpid(),
+            endpoints=self._receiver.endpoints if self._receiver is not None else [],
+        )
+
+    def _publish(self, stored: list[tuple[bytes, bytes]], removed: list[bytes]) -> None:
+        if self._publisher is not None:
+            self._publisher.publish(stored, removed)
+
+    def _snapshot(self) -> list[tuple[bytes, bytes]]:
+        """What the cache holds now. Changes before it are part of it, later ones are published after it."""
+        with self.engine.lock:
+            self.engine.pool.drain_events()
+            return self.engine.pool.cached_hashes()
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        sys.stderr.write("usage: python -m workers.worker CONFIG.json\n")
+        return 2
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    worker = Worker(WorkerConfig.model_validate_json(Path(arguments[0]).read_text()))
+    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=worker.stop).start())
+    signal.signal(signal.SIGINT, lambda *_: threading.Thread(target=worker.stop).start())
+    info = worker.start()
+    sys.stdout.write(f"{info.address}\n")
+    sys.stdout.flush()
+    worker.wait()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
