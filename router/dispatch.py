@@ -1,0 +1,287 @@
+"""The life of a request (DESIGN §2, steps 4 to 12), and the object that http and grpc talk to."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import logging
+import random
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from router.admission import Admission, Turn
+from router.attempt import Attempt, AttemptFailed
+from router.config import RouterConfig
+from router.discovery import Discovery
+from router.dispatch_metrics import DispatchMetrics, default_metrics
+from router.fleet import Fleet
+from router.generation import Generation, InvalidRequest, ModelInfo, TokenChunk, Unavailable
+from router.load import LoadBook
+from router.member_status import describe
+from router.policy import Choice, Demand, Policy, Score
+from router.prefix_index import PrefixIndex
+from router.request import Request
+from router.worker_link import LinkDown, WorkerLink
+from workers.protocol.messages import StatusReply, Ticket
+
+log = logging.getLogger(__name__)
+
+_EXCLUDED_S = 1.0  # how long a request avoids a worker that failed it
+_METRICS_TIMEOUT_S = 1.0
+
+
+class Dispatcher:
+    """One router replica's way to the workers. Implements router.generation.Dispatcher.
+
+    `lease_s`: how long a decode worker holds blocks without progress of the hand-over. `stall_timeout_s`: how long a
+    worker that is alive may say nothing at all about a request it has taken.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        *,
+        cluster: str,
+        secret: str,
+        redis_url: str,
+        router_id: str | None = None,
+        lease_s: float = 10.0,
+        stall_timeout_s: float = 120.0,
+        poll_s: float = 0.25,
+        metrics: DispatchMetrics | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.router_id = router_id or uuid.uuid4().hex[:8]
+        self.metrics = metrics or default_metrics()
+        self.book = LoadBook()
+        self.index = PrefixIndex()
+        self.admission = Admission(config.admission)
+        self._policy = Policy(config.policy, rng or random.Random())
+        self.fleet = Fleet(
+            secret=secret.encode(),
+            router_id=self.router_id,
+            heartbeat_s=config.heartbeat_s,
+            timeout_s=config.timeout_s,
+            book=self.book,
+            on_room=self.admission.room,
+            on_late=self.metrics.late_messages.inc,
+        )
+        self.discovery = Discovery(
+            redis_url, cluster, fleet=self.fleet, index=self.index, metrics=self.metrics, poll_s=poll_s
+        )
+        self._max_attempts = config.admission.max_attempts
+        self._lease_s = lease_s
+        self._answer_timeout_s = 5 * config.timeout_s
+        self._stall_timeout_s = stall_timeout_s
+        self._serials = itertools.count(1)
+        self._in_flight = 0
+
+    async def start(self) -> None:
+        await self.discovery.start()
+
+    async def stop(self) -> None:
+        """Requests that are still open end with Unavailable; workers free what they hold for this replica."""
+        self.admission.close()
+        await self.discovery.stop()
+        await self.fleet.close()
+
+    # --- the life of a request --------------------------------------------------------------------------------------
+
+    async def generate(self, generation: Generation) -> AsyncIterator[TokenChunk]:
+        """Stream the tokens of one sequence; raises GenerationError. Closing the iterator early cancels it everywhere.
+
+        Each round of the loop is one attempt. Whatever ends it (success, a death, the client's leaving), the inner
+        `finally` releases it; what was streamed so far is in `request`, and the next round goes on from there.
+        """
+        request = Request(generation)
+        turn: Turn | None = None
+        self._count(1)
+        try:
+            while request.finish_reason is None:
+                attempt: Attempt | None = None
+                outcome = "cancelled"
+                try:
+                    turn = turn or self._enter(request)
+                    await turn.mine()
+                    choice = self._choose(request)
+                    if choice is None:
+                        await turn.no_room(request.retry_in_s(time.monotonic()))
+                        continue
+                    attempt = self._book(request, choice)
+                    ticket = await attempt.reserve(choice.local_prefill_max)
+                    self._placed(request, turn)
+                    turn = None
+                    self._start_prefill(request, attempt, choice, ticket)
+                    while request.finish_reason is None:
+                        chunk = request.accept(await attempt.next_delta(len(request.output)))
+                        if chunk is not None:
+                            yield chunk
+                    outcome = "finished"
+                except AttemptFailed as failure:
+                    outcome = failure.code
+                    self._learn(request, failure)
+                finally:
+                    if attempt is not None:
+                        self._release(attempt, outcome)
+        finally:
+            if turn is not None:
+                turn.leave()
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        self._in_flight += change
+        self.metrics.in_flight.set(self._in_flight)
+
+    def _enter(self, request: Request) -> Turn:
+        self._begin(request)
+        return self.admission.enter(
+            priority=request.generation.priority,
+            need_blocks=request.num_blocks,
+            resumed=request.placements > 0,
+        )
+
+    def _begin(self, request: Request) -> bool:
+        """Fix the model that the request runs on. False: there is none yet."""
+        reference = None if request.hash_root else self.fleet.reference()
+        if reference is not None:
+            request.begin(reference)
+        return bool(request.hash_root)
+
+    def _choose(self, request: Request) -> Choice | None:
+        """None: no decode worker can be given the request now."""
+        if not self._begin(request):
+            return None
+        excluded = request.excluded_now(time.monotonic())
+        return self._policy.choose(self._demand(request), self.fleet.views(request.hash_root), excluded)
+
+    def _demand(self, request: Request) -> Demand:
+        return Demand(request.num_tokens, request.block_size, self.index.match(request.hashes()))
+
+    def _book(self, request: Request, choice: Choice) -> Attempt:
+        decode = self.fleet.link(choice.decode.worker_id)
+        assert decode is not None, "the policy chose among live workers"
+        attempt = Attempt(
+            # Unique for each attempt, so that late messages of an earlier one can't be taken for this one's.
+            request.work(f"{request.generation.request_id}#{self.router_id}-{next(self._serials)}"),
+            decode,
+            self.book.book(decode.worker_id, decode_blocks=request.num_blocks),
+            transfer_id=uuid.uuid4().hex,
+            lease_s=self._lease_s,
+            answer_timeout_s=self._answer_timeout_s,
+            stall_timeout_s=self._stall_timeout_s,
+        )
+        self._book_prefill(attempt, choice.prefill or choice.decode)
+        return attempt
+
+    def _book_prefill(self, attempt: Attempt, score: Score) -> None:
+        attempt.book_prefill(self.book.book(score.worker_id, prefill_tokens=score.uncached_tokens))
+
+    def _placed(self, request: Request, turn: Turn) -> None:
+        turn.leave(placed=True)
+        self.metrics.queue_seconds.observe(turn.age_s())
+        if request.placements:
+            self.metrics.replacements.inc()
+        request.placements += 1
+
+    def _start_prefill(
+        self, request: Request, attempt: Attempt, choice: Choice, ticket: Ticket | None
+    ) -> None:
+        """D's answer decides, whatever the index believed: a ticket needs a P, no ticket needs none."""
+        if ticket is None:
+            self.metrics.prefills.labels("local").inc()
+            self._book_prefill(attempt, choice.decode)
+            self._note_routed(request, attempt.decode)
+            return
+        prefill = choice.prefill
+        if prefill is None or self.fleet.link(prefill.worker_id) is None:
+            views = self.fleet.views(request.hash_root)
+            excluded = request.excluded_now(time.monotonic())
+            prefill = self._policy.choose_prefill(self._demand(request), views, excluded)
+        link = None if prefill is None else self.fleet.link(prefill.worker_id)
+        if prefill is None or link is None:
+            message = f"{attempt.decode.worker_id} wants {ticket.num_blocks - ticket.first_block} blocks"
+            raise AttemptFailed("no_prefill", None, f"{message}, and no prefill worker is left")
+        self.metrics.prefills.labels("remote").inc()
+        self._book_prefill(attempt, prefill)
+        attempt.hand_over(link, ticket)
+        self._note_routed(request, attempt.decode)
+        self._note_routed(request, link)
+
+    def _note_routed(self, request: Request, link: WorkerLink) -> None:
+        info = link.info
+        if not self.discovery.is_exact(info.worker_id, info.epoch):
+            self.index.note_routed(info.worker_id, info.epoch, request.hashes(), capacity=info.num_blocks)
+
+    def _learn(self, request: Request, failure: AttemptFailed) -> None:
+        """What the failure means for the next attempt. Raises InvalidRequest, Unavailable when there is none."""
+        if failure.code == "invalid":
+            raise InvalidRequest(failure.message)
+        log.info("request %s: %s", request.generation.request_id, failure)
+        if failure.code in ("busy", "draining"):
+            return  # its link is marked: the policy does not see the worker until there is news of it
+        request.failures += 1
+        if failure.blamed is not None:
+            request.exclude(failure.blamed.worker_id, time.monotonic() + _EXCLUDED_S)
+        if request.failures >= self._max_attempts:
+            raise Unavailable(
+                f"{request.failures} placements of the request failed (admission.max_attempts), "
+                f"the last one with {failure}",
+                retry_after_s=self.admission.retry_after_s(),
+            )
+
+    def _release(self, attempt: Attempt, outcome: str) -> None:
+        attempt.release()
+        self.metrics.placements.labels(outcome).inc()
+        done = attempt.prefill_done
+        if done is not None:
+            self.metrics.transfer_seconds.observe(done.transfer_s)
+            self.metrics.transfer_bytes.labels(done.channel).inc(done.transfer_bytes)
+        if attempt.taken:  # D has room now, or had it and is gone
+            attempt.decode.busy = False
+            self.admission.room(attempt.num_blocks)
+
+    # --- what http, grpc and the command line ask -------------------------------------------------------------------
+
+    def model(self) -> ModelInfo | None:
+        """None until a decode worker has registered."""
+        return self.fleet.model()
+
+    def ready(self) -> bool:
+        """True when a decode worker is connected."""
+        return self.fleet.ready()
+
+    async def status(self) -> dict[str, Any]:
+        """What `headrace status --json` prints."""
+        model = self.model()
+        return {
+            "model": None if model is None else dataclasses.asdict(model),
+            "router": self.router_id,
+            "redis": self.discovery.redis,
+            "index": {"blocks": len(self.index), "approximate": self.discovery.approximate},
+            "queue": self.admission.waiting,
+            "in_flight": self._in_flight,
+            "workers": [
+                describe(member, self.book, self.index)
+                for member in sorted(self.fleet.members(), key=lambda m: m.info.worker_id)
+            ],
+        }
+
+    async def worker_metrics(self) -> list[bytes]:
+        """Prometheus text of each connected worker; one that does not answer in time is left out."""
+        links = [member.link for member in self.fleet.members() if member.link.state == "up"]
+        replies = await asyncio.gather(
+            *(link.query(want_metrics=True, timeout_s=_METRICS_TIMEOUT_S) for link in links),
+            return_exceptions=True,
+        )
+        texts = []
+        for link, reply in zip(links, replies, strict=True):
+            if isinstance(reply, StatusReply):
+                texts.append(reply.metrics)
+            elif isinstance(reply, TimeoutError | LinkDown):
+                log.info("no metrics from worker %s: %s", link.worker_id, reply or "time-out")
+            else:
+                raise reply
+        return texts

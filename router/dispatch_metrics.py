@@ -1,0 +1,79 @@
+"""Names of the metrics of dispatch, discovery and the index."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+from router.prefix_index import PrefixIndex
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class DispatchMetrics:
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.queue_seconds = Histogram(
+            "headrace_dispatch_queue_seconds",
+            "Seconds from asking for a worker to having one.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.placements = Counter(
+            "headrace_dispatch_placements",
+            "Placements by how they ended: finished, cancelled, or the failure.",
+            ["outcome"],
+            registry=registry,
+        )
+        self.replacements = Counter(
+            "headrace_dispatch_replacements",
+            "Placements after the first of a request, because a worker or link failed under it.",
+            registry=registry,
+        )
+        self.prefills = Counter(
+            "headrace_dispatch_prefills",
+            "Placements by where the prompt is computed: local (on the decode worker) or remote.",
+            ["where"],
+            registry=registry,
+        )
+        self.transfer_seconds = Histogram(
+            "headrace_dispatch_transfer_seconds",
+            "Seconds from the end of prefill to the last block acknowledged by the decode worker.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.transfer_bytes = Counter(
+            "headrace_dispatch_transfer_bytes",
+            "Bytes of KV blocks handed over.",
+            ["channel"],
+            registry=registry,
+        )
+        self.late_messages = Counter(
+            "headrace_dispatch_late_messages",
+            "Messages of workers for requests that had already gone elsewhere.",
+            registry=registry,
+        )
+        self.waiting = Gauge("headrace_dispatch_waiting", "Requests that wait for room.", registry=registry)
+        self.in_flight = Gauge("headrace_dispatch_in_flight", "Requests not yet ended.", registry=registry)
+        self.index_blocks = Gauge(
+            "headrace_index_blocks", "Distinct block hashes in the prefix index.", registry=registry
+        )
+        self.index_approximate = Gauge(
+            "headrace_index_approximate",
+            "1 while the index rests on what was known before Redis went away and on own placements.",
+            registry=registry,
+        )
+        self.gaps = Counter(
+            "headrace_index_gaps", "Lost batches noticed in the index log.", registry=registry
+        )
+        self.snapshots = Counter("headrace_index_snapshots", "Snapshots of workers read.", registry=registry)
+
+    def observe_index(self, index: PrefixIndex, approximate: bool) -> None:
+        self.index_blocks.set(len(index))
+        self.index_approximate.set(1 if approximate else 0)
+
+
+@cache
+def default_metrics() -> DispatchMetrics:
+    """Those of this process, in prometheus_client's own registry."""
+    return DispatchMetrics(REGISTRY)

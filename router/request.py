@@ -1,0 +1,92 @@
+"""What of a request outlives the workers under it: prompt, tokens so far, and what it has learned on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from router.generation import Generation, TokenChunk
+from workers.protocol.hashes import extend_hashes
+from workers.protocol.messages import FinishReason, TokenDelta, Work, WorkerInfo
+
+
+@dataclass(slots=True)
+class Request:
+    generation: Generation
+    output: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    cached_tokens: int | None = None  # of the first placement that told
+    failures: int = 0  # placements lost, `busy` not counted
+    placements: int = 0  # placements that a worker had taken
+    excluded: dict[str, float] = field(default_factory=dict)  # worker -> until then, monotonic seconds
+    hash_root: bytes = b""  # of the model it started on, it never goes on with another; empty: none known yet
+    block_size: int = 0
+    _tokens: list[int] = field(default_factory=list)  # prompt + output
+    _hashes: list[bytes] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._tokens = list(self.generation.prompt)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output: what has to be in the KV cache before the next token can be sampled."""
+        return len(self._tokens)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that hold all of it and the next token. 1 before a model is known."""
+        return self.num_tokens // self.block_size + 1 if self.block_size else 1
+
+    def begin(self, reference: WorkerInfo) -> None:
+        """Fix the model, once."""
+        if not self.hash_root:
+            self.hash_root = reference.hash_root
+            self.block_size = reference.layout.block_size
+
+    def hashes(self) -> list[bytes]:
+        """Of the full blocks of prompt + output; extended as tokens come."""
+        extend_hashes(self._hashes, self._tokens, self.block_size, self.hash_root, self.generation.cache_salt)
+        return self._hashes
+
+    def work(self, wire_id: str) -> Work:
+        return Work(
+            request_id=wire_id,
+            prompt=self.generation.prompt,
+            sampling=self.generation.sampling,
+            output=list(self.output),
+            cache_salt=self.generation.cache_salt,
+            priority=self.generation.priority,
+        )
+
+    def accept(self, delta: TokenDelta) -> TokenChunk | None:
+        """Append what is new of a delta that follows the output or overlaps it. None: it repeats what is known."""
+        known = len(self.output) - delta.index
+        if known < 0:
+            raise ValueError(f"delta starts at token {delta.index}, but only {len(self.output)} are known")
+        tokens = delta.tokens[known:] if known else delta.tokens
+        if not tokens and (delta.finish_reason is None or known > len(delta.tokens)):
+            return None
+        self.output.extend(tokens)
+        self._tokens.extend(tokens)
+        self.finish_reason = delta.finish_reason
+        if self.cached_tokens is None:
+            self.cached_tokens = delta.cached_tokens
+        return TokenChunk(
+            tokens=tokens,
+            logprobs=delta.logprobs[known:] if known else delta.logprobs,
+            finish_reason=delta.finish_reason,
+            stop_token=delta.stop_token,
+            cached_tokens=self.cached_tokens,
+        )
+
+    # --- who is to be left alone for a while ------------------------------------------------------------------------
+
+    def exclude(self, worker_id: str, until: float) -> None:
+        self.excluded[worker_id] = until
+
+    def excluded_now(self, now: float) -> set[str]:
+        self.excluded = {worker: until for worker, until in self.excluded.items() if until > now}
+        return set(self.excluded)
+
+    def retry_in_s(self, now: float) -> float | None:
+        """Seconds until the first exclusion ends; None: there is none."""
+        return max(min(self.excluded.values()) - now, 0.0) if self.excluded else None

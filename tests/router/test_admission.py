@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from router.admission import Admission
+from router.config import AdmissionConfig
+from router.generation import Overloaded, Unavailable
+
+
+def admission(max_queue: int = 100, queue_timeout_s: float = 5.0) -> Admission:
+    return Admission(AdmissionConfig(max_queue=max_queue, queue_timeout_s=queue_timeout_s))
+
+
+class Cluster:
+    """Places that can be taken; whoever finds none waits."""
+
+    def __init__(self, line: Admission, places: int) -> None:
+        self.line = line
+        self.places = places
+        self.placed: list[str] = []
+
+    async def request(self, name: str, *, priority: int = 0, need: int = 1, resumed: bool = False) -> None:
+        turn = self.line.enter(priority=priority, need_blocks=need, resumed=resumed)
+        try:
+            while True:
+                await turn.mine()
+                await asyncio.sleep(0)  # the round trip to a worker
+                if self.places >= need:
+                    self.places -= need
+                    break
+                await turn.no_room()
+            self.placed.append(name)
+            turn.leave(placed=True)
+        finally:
+            turn.leave()
+
+    def free(self, count: int) -> None:
+        self.places += count
+        self.line.room(self.places)
+
+    async def start(self, *names: str, **kwargs) -> list[asyncio.Task]:
+        tasks = [asyncio.create_task(self.request(name, **kwargs)) for name in names]
+        await settle()
+        return tasks
+
+
+async def settle() -> None:
+    for _ in range(30):
+        await asyncio.sleep(0)
+
+
+async def test_with_room_nobody_waits():
+    cluster = Cluster(admission(), 10)
+    await asyncio.gather(*await cluster.start(*"abcde"))
+    assert cluster.line.waiting == 0
+
+
+async def test_priority_then_resumed_then_first_come():
+    cluster = Cluster(admission(), 0)
+    tasks = await cluster.start("b1", "b2", priority=1)
+    tasks += await cluster.start("a1", "a2", priority=0)
+    tasks += await cluster.start("r", priority=0, resumed=True)
+    tasks += await cluster.start("c", priority=2)
+    assert cluster.line.waiting == 6
+    for _ in range(6):
+        cluster.free(1)
+        await settle()
+    assert cluster.placed == ["r", "a1", "a2", "b1", "b2", "c"]
+    await asyncio.gather(*tasks)
+    assert cluster.line.waiting == 0
+
+
+async def test_nobody_overtakes_and_a_large_request_is_not_starved():
+    cluster = Cluster(admission(), 0)
+    tasks = await cluster.start("large", need=5)
+    tasks += await cluster.start("small1", "small2", need=1)
+    for _ in range(4):
+        cluster.free(1)
+        await settle()
+        assert cluster.placed == []
+    cluster.free(3)
+    await settle()
+    assert cluster.placed == ["large", "small1", "small2"]
+    await asyncio.gather(*tasks)
+
+
+async def test_room_for_many_wakes_many():
+    cluster = Cluster(admission(), 0)
+    tasks = await cluster.start(*(str(n) for n in range(50)))
+    cluster.free(50)
+    await asyncio.wait_for(asyncio.gather(*tasks), 1)
+    assert cluster.placed == [str(n) for n in range(50)]
+
+
+async def test_room_that_appears_while_the_answer_travels_is_not_missed():
+    line = admission()
+    turn = line.enter(priority=0, need_blocks=1)
+    await turn.mine()
+    line.room(4)
+    await asyncio.wait_for(turn.no_room(), 0.5)
+    turn.leave(placed=True)
+
+
+async def test_a_full_line_turns_new_requests_away():
+    cluster = Cluster(admission(max_queue=2), 0)
+    tasks = await cluster.start("a", "b")
+    with pytest.raises(Overloaded) as overloaded:
+        await cluster.request("c")
+    assert overloaded.value.status == 429
+    assert overloaded.value.retry_after_s >= 1
+    resumed = await cluster.start("r", resumed=True)
+    assert cluster.line.waiting == 3
+    cluster.free(3)
+    await asyncio.gather(*tasks, *resumed)
+    assert cluster.placed == ["r", "a", "b"]
+
+
+async def test_max_queue_zero_still_serves_when_there_is_room():
+    cluster = Cluster(admission(max_queue=0), 1)
+    await cluster.request("a")
+    with pytest.raises(Overloaded):
+        await cluster.request("b")
+
+
+async def test_waiting_too_long_is_unavailable():
+    cluster = Cluster(admission(queue_timeout_s=0.05), 0)
+    with pytest.raises(Unavailable) as unavailable:
+        await cluster.request("a")
+    assert unavailable.value.status == 503
+    assert cluster.line.waiting == 0
+
+
+async def test_who_gives_up_leaves_the_line_and_wakes_the_next():
+    cluster = Cluster(admission(), 0)
+    tasks = await cluster.start("a", "b", "c")
+    tasks[1].cancel()
+    await settle()
+    assert cluster.line.waiting == 2
+    cluster.places = 5
+    cluster.line.room(1)  # wakes a, who is cancelled before it can use the room
+    tasks[0].cancel()
+    await settle()
+    assert cluster.placed == ["c"]
+    assert cluster.line.waiting == 0
+
+
+async def test_retry_in_s_wakes_without_room():
+    line = admission()
+    turn = line.enter(priority=0, need_blocks=1)
+    await turn.mine()
+    await asyncio.wait_for(turn.no_room(retry_in_s=0.02), 1)
+    turn.leave()
+    assert line.waiting == 0
+
+
+async def test_close_ends_all_waiting():
+    cluster = Cluster(admission(), 0)
+    tasks = await cluster.start("a", "b")
+    cluster.line.close()
+    assert all(isinstance(r, Unavailable) for r in await asyncio.gather(*tasks, return_exceptions=True))
+    with pytest.raises(Unavailable):
+        await cluster.request("c")
+    assert cluster.line.waiting == 0

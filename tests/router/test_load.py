@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+
+from router.load import Booked, LoadBook
+from workers.protocol.messages import Load
+
+
+def test_booked_once_released_exactly_once():
+    book = LoadBook()
+    first = book.book("w", prefill_tokens=100)
+    second = book.book("w", decode_blocks=7)
+    assert book.booked("w") == Booked(prefill_tokens=100, decode_blocks=7, requests=2)
+    first.release()
+    with pytest.raises(RuntimeError, match="twice"):
+        first.release()
+    second.release()
+    assert book.booked("w") == Booked()
+    assert book.num_open == 0
+
+
+def test_load_now_is_what_others_have_there_and_what_we_have_booked():
+    book = LoadBook()
+    ours = book.book("w", prefill_tokens=100, decode_blocks=10)
+    book.report("w", Load(queued_prefill_tokens=250, active_blocks=40))
+    assert (book.queued_prefill_tokens("w"), book.active_blocks("w")) == (250, 40)
+    later = book.book("w", prefill_tokens=30, decode_blocks=3)  # the report can't know of it
+    assert (book.queued_prefill_tokens("w"), book.active_blocks("w")) == (280, 43)
+    ours.release()  # nor of this
+    assert (book.queued_prefill_tokens("w"), book.active_blocks("w")) == (180, 33)
+    later.release()
+    assert (book.queued_prefill_tokens("w"), book.active_blocks("w")) == (150, 30)
+
+
+def test_a_report_from_before_our_booking_arrived_hides_nothing():
+    book = LoadBook()
+    book.book("w", prefill_tokens=100)
+    book.report("w", Load(queued_prefill_tokens=0))
+    assert book.queued_prefill_tokens("w") == 100
+
+
+def test_bookings_outlive_the_worker():
+    book = LoadBook()
+    old = book.book("w", decode_blocks=5)
+    book.forget("w")
+    assert book.active_blocks("w") == 0
+    book.book("w", decode_blocks=1)  # its next life
+    old.release()
+    assert book.active_blocks("w") == 1
+    assert book.num_open == 1

@@ -1,0 +1,188 @@
+"""The index against a plain dict of sets, under a log that loses, repeats and reorders."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from router.prefix_index import PrefixIndex
+from workers.protocol.messages import IndexBatch
+
+
+def h(number: int) -> bytes:
+    return number.to_bytes(16, "little")
+
+
+def stored(*numbers: int) -> list[tuple[bytes, bytes, str]]:
+    return [(h(n), h(n - 1), "device") for n in numbers]
+
+
+def removed(*numbers: int) -> list[tuple[bytes, str]]:
+    return [(h(n), "device") for n in numbers]
+
+
+def prefix_length(held: set[bytes], hashes: list[bytes]) -> int:
+    count = 0
+    for block_hash in hashes:
+        if block_hash not in held:
+            break
+        count += 1
+    return count
+
+
+def test_match_counts_the_contiguous_prefix_of_each_worker():
+    index = PrefixIndex()
+    index.load_snapshot("a", 1, 0, [h(1), h(2), h(3)])
+    index.load_snapshot("b", 1, 0, [h(1), h(3)])
+    index.load_snapshot("c", 1, 0, [h(2)])
+    index.load_snapshot("d", 1, 0, [])
+    assert index.match([h(1), h(2), h(3), h(4)]) == {"a": 3, "b": 1}
+    assert index.match([h(1), h(2)]) == {"a": 2, "b": 1}
+    assert index.match([h(9)]) == {}
+    assert index.match([]) == {}
+    assert PrefixIndex().match([h(1)]) == {}
+
+
+def test_a_gap_is_told_and_changes_nothing_until_the_snapshot():
+    index = PrefixIndex()
+    index.load_snapshot("a", 1, 0, [])
+    assert index.apply(IndexBatch("a", 1, 1, stored=stored(1))) is False
+    assert index.apply(IndexBatch("a", 1, 3, stored=stored(3))) is True
+    assert index.hashes("a") == {h(1)}
+    assert index.position("a", 1) == 1
+    assert index.load_snapshot("a", 1, 3, [h(1), h(2), h(3)])
+    assert index.match([h(1), h(2), h(3)]) == {"a": 3}
+
+
+def test_cleared_needs_nothing_before_it_and_removed_goes_before_stored():
+    index = PrefixIndex()
+    index.load_snapshot("a", 1, 2, [h(1), h(2)])
+    batch = IndexBatch("a", 1, 9, stored=stored(5), removed=removed(5, 1), cleared=True)
+    assert index.apply(batch) is False
+    assert index.hashes("a") == {h(5)}
+    assert index.position("a", 1) == 9
+
+
+def test_old_lives_and_unknown_workers_change_nothing():
+    index = PrefixIndex()
+    index.load_snapshot("a", 2, 5, [h(1)])
+    assert index.apply(IndexBatch("a", 1, 6, stored=stored(7))) is False
+    assert index.apply(IndexBatch("x", 1, 6, stored=stored(7))) is False
+    assert index.load_snapshot("a", 1, 99, [h(7)]) is False
+    assert index.load_snapshot("a", 2, 4, [h(7)]) is False
+    assert index.hashes("a") == {h(1)}
+    assert index.workers() == ["a"]
+    assert index.load_snapshot("a", 3, 0, [])  # a new life begins with nothing
+    assert len(index) == 0
+
+
+def test_drop_frees_everything_and_slots_are_used_again():
+    index = PrefixIndex()
+    for round_ in range(100):
+        index.load_snapshot(f"w{round_}", 1, 1, [h(1), h(round_ + 2)])
+        index.drop(f"w{round_}")
+        index.drop(f"w{round_}")
+    assert len(index) == 0
+    assert index._present == 0
+    assert len(index._names) == 1
+
+
+def test_guesses_are_bounded_and_vanish_with_the_snapshot():
+    index = PrefixIndex()
+    index.load_snapshot("a", 1, 4, [h(1)])
+    index.note_routed("a", 1, [h(n) for n in range(1, 8)], capacity=3)
+    assert index.num_guesses("a") == 3
+    assert index.num_blocks("a") == 4
+    index.note_routed("a", 1, [h(2), h(3)], capacity=3)
+    assert index.match([h(1), h(2), h(3)]) == {"a": 3}
+    index.apply(IndexBatch("a", 1, 5, stored=stored(2), removed=removed(3)))  # facts replace guesses
+    assert index.match([h(1), h(2), h(3)]) == {"a": 2}
+    assert index.load_snapshot("a", 1, 5, [h(1), h(2)])
+    assert index.num_guesses("a") == 0
+    assert index.hashes("a") == {h(1), h(2)}
+    assert len(index) == 2
+
+
+def test_guesses_about_a_worker_without_a_snapshot():
+    index = PrefixIndex()
+    index.note_routed("a", 7, [h(1)], capacity=10)
+    assert index.match([h(1)]) == {"a": 1}
+    index.note_routed("a", 6, [h(2)], capacity=10)  # an older life
+    assert index.num_blocks("a") == 1
+    index.note_routed("a", 8, [h(3)], capacity=10)
+    assert index.match([h(1)]) == {}
+    assert index.load_snapshot("a", 8, 0, [])
+    assert len(index) == 0
+
+
+batches = st.lists(
+    st.tuples(
+        st.integers(0, 2),  # worker
+        st.frozensets(st.integers(1, 12), max_size=5),  # stored
+        st.frozensets(st.integers(1, 12), max_size=5),  # removed
+        st.integers(0, 12),  # 0: cleared
+        st.integers(0, 9),  # 0: the worker restarts
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(batches, st.randoms(use_true_random=False), st.data())
+def test_the_index_is_exactly_what_the_worker_held_at_its_seq(script, rng: random.Random, data):
+    index = PrefixIndex()
+    truth: dict[str, set[bytes]] = {}
+    history: dict[tuple[str, int, int], frozenset[bytes]] = {}
+    epochs: dict[str, int] = {}
+    seqs: dict[str, int] = {}
+    log: list[IndexBatch] = []
+
+    def snapshot(worker: str) -> None:
+        index.load_snapshot(worker, epochs[worker], seqs[worker], truth[worker])
+
+    for number, put, take, clear, restart in script:
+        worker = f"w{number}"
+        if worker not in truth or restart == 0:
+            epochs[worker] = epochs.get(worker, 0) + 1
+            truth[worker], seqs[worker] = set(), 0
+            history[worker, epochs[worker], 0] = frozenset()
+            if rng.random() < 0.7:
+                snapshot(worker)
+        if clear == 0:
+            truth[worker].clear()
+        truth[worker] -= {h(n) for n in take}
+        truth[worker] |= {h(n) for n in put}
+        seqs[worker] += 1
+        history[worker, epochs[worker], seqs[worker]] = frozenset(truth[worker])
+        batch = IndexBatch(
+            worker, epochs[worker], seqs[worker], stored(*put), removed(*take), cleared=clear == 0
+        )
+        fate = rng.random()
+        if fate > 0.1:
+            log.append(batch)
+        if fate > 0.8:
+            log.append(batch)
+        if fate > 0.9:
+            rng.shuffle(log)
+        while log and rng.random() < 0.7:
+            delivered = log.pop(0)
+            gap = index.apply(delivered)
+            if gap and rng.random() < 0.6:
+                snapshot(delivered.worker_id)
+        for name, epoch in epochs.items():
+            seq = index.position(name, epoch)
+            if seq is not None:
+                assert index.hashes(name) == history[name, epoch, seq]
+
+    for name, epoch in epochs.items():  # as discovery does when the seq in Redis is ahead
+        if index.position(name, epoch) != seqs[name]:
+            snapshot(name)
+    chain = [h(n) for n in data.draw(st.lists(st.integers(1, 12), max_size=12))]
+    expected = {name: prefix_length(held, chain) for name, held in truth.items()}
+    assert index.match(chain) == {name: count for name, count in expected.items() if count}
+    assert len(index) == len(set().union(*truth.values()))
+    for name in truth:
+        index.drop(name)
+    assert len(index) == 0
