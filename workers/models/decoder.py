@@ -6,28 +6,38 @@ Token ids in, hidden states and logits out. A layer is built with the callables 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kernels.reference import AttentionBatch, AttentionPlan, Scratch, rms_norm, rope_rotate, silu_mul
+from workers.models.checkpoint import read_json
 from workers.models.linear import make_linear
 from workers.models.rope import RopeTable
 from workers.models.spec import DecoderSpec
-from workers.models.weights import DecoderWeights, LayerWeights
+from workers.models.weights import DecoderWeights, LayerWeights, load_weights
+
+
+def load_decoder(
+    path: Path, dtype: torch.dtype, device: torch.device, max_positions: int | None = None
+) -> Decoder:
+    """Read a model directory (config.json + safetensors). Raises ModelError."""
+    spec = DecoderSpec.from_config(read_json(path / "config.json"))
+    return Decoder(spec, load_weights(path, spec, dtype, device), max_positions)
 
 
 class Decoder:
     """The model's weights and its forward pass. The KV cache belongs to the caller. Not thread-safe."""
 
-    def __init__(self, spec: DecoderSpec, weights: DecoderWeights, max_model_len: int | None = None) -> None:
-        """`max_model_len` in tokens bounds the positions; None: the model's own. Reads `weights.layers` once."""
+    def __init__(self, spec: DecoderSpec, weights: DecoderWeights, max_positions: int | None = None) -> None:
+        """`max_positions` in tokens bounds the positions; None: the model's own. Reads `weights.layers` once."""
         self.spec = spec
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
-        self.max_model_len = max_model_len or spec.max_position
+        self.max_positions = max_positions or spec.max_position
         self._embedding = weights.embedding
-        self._rope = RopeTable(spec.rope, spec.head_dim, self.max_model_len, self.dtype, self.device)
+        self._rope = RopeTable(spec.rope, spec.head_dim, self.max_positions, self.dtype, self.device)
         self._layers = [_Layer(spec, index, layer) for index, layer in enumerate(weights.layers)]
         self._final_norm = weights.final_norm
         self._head = make_linear(weights.head)
@@ -50,7 +60,7 @@ class Decoder:
     ) -> Tensor:
         """Run one step and write its keys and values into `kv_cache`.
 
-        token_ids, positions: int64 [T], positions below max_model_len. Returns the hidden states after the final norm,
+        token_ids, positions: int64 [T], positions below max_positions. Returns the hidden states after the final norm,
         [T, hidden], or of `rows` (int64 [R]) only, [R, hidden]. With `rows` the last layer's MLP runs on them alone.
         """
         attention = AttentionPlan(batch, kv_cache, self._scratch)

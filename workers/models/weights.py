@@ -5,7 +5,6 @@ Every name and shape is checked from the files' headers before a byte of weights
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from workers.models.checkpoint import TensorHeader, read_headers
 from workers.models.errors import ModelError
 from workers.models.spec import DecoderSpec
 
-INDEX_NAME = "model.safetensors.index.json"
 _FLOATS = {"F16", "BF16", "F32", "F64"}
 
 
@@ -53,44 +52,14 @@ class DecoderWeights:
 
 def load_weights(path: Path, spec: DecoderSpec, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
     """`path` is a directory. Raises ModelError naming the missing, unexpected or wrongly shaped tensors."""
-    files = weight_files(path)
-    shapes = expected_shapes(spec)
+    headers = read_headers(path)
+    _check(headers, spec)
     with ExitStack() as stack:
-        checkpoint = _Checkpoint(stack, files, shapes, spec)
-        read = _Reader(checkpoint, dtype, device)
+        read = _Reader(stack, headers, dtype, device)
         embedding = read("model.embed_tokens.weight")
         head = embedding if spec.tied_embeddings else read("lm_head.weight")
         final_norm = read("model.norm.weight")
-    return DecoderWeights(embedding, _Layers(files, shapes, spec, dtype, device), final_norm, head)
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a model directory. Raises ModelError when there are none or one is missing."""
-    single, index = path / "model.safetensors", path / INDEX_NAME
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            files = [path / str(name) for name in names]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index} is not a safetensors index: {error}") from error
-        for file in files:
-            # A shard's name is the model's, not ours: it must not lead out of the directory.
-            if file.parent != path:
-                raise ModelError(f"{index} names {file.name!r} outside its directory")
-            if not file.is_file():
-                raise ModelError(f"{file} is named by {INDEX_NAME} but is not there; fetch the model again")
-        return files
-    if single.is_file():
-        return [single]
-    files = sorted(path.glob("*.safetensors"))
-    if files:
-        return files
-    if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
-        raise ModelError(
-            f"{path} holds pickled weights only; pickles can run code and are never loaded. "
-            "Only safetensors and GGUF are read: convert the model with safetensors"
-        )
-    raise ModelError(f"{path} holds no weights: only safetensors and GGUF are read")
+    return DecoderWeights(embedding, _Layers(headers, spec, dtype, device), final_norm, head)
 
 
 def expected_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
@@ -126,42 +95,21 @@ def expected_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-class _Checkpoint:
-    """Open safetensors files whose headers agree with what is expected."""
-
-    def __init__(
-        self, stack: ExitStack, files: list[Path], shapes: dict[str, tuple[int, ...]], spec: DecoderSpec
-    ) -> None:
-        self._holder: dict[str, Any] = {}
-        found: dict[str, tuple[int, ...]] = {}
-        for file in files:
-            try:
-                handle: Any = stack.enter_context(safe_open(file, framework="pt"))
-                for name in handle.keys():  # noqa: SIM118 (a handle is no mapping)
-                    piece = handle.get_slice(name)
-                    if piece.get_dtype() not in _FLOATS and name in shapes:
-                        raise ModelError(
-                            f"{file.name}: {name} is {piece.get_dtype()}, quantized weights are not read"
-                        )
-                    found[name] = tuple(piece.get_shape())
-                    self._holder[name] = handle
-            except (SafetensorError, OSError) as error:
-                raise ModelError(
-                    f"{file} is not a whole safetensors file ({error}); fetch it again"
-                ) from error
-        ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
-        if spec.tied_embeddings:
-            ignored.add("lm_head.weight")
-        _refuse("misses", shapes.keys() - found.keys(), spec)
-        _refuse("has unexpected", found.keys() - shapes.keys() - ignored, spec)
-        wrong = [
-            f"{name} is {found[name]}, not {shape}" for name, shape in shapes.items() if found[name] != shape
-        ]
-        _refuse("has wrongly shaped", wrong, spec)
-
-    def tensor(self, name: str) -> Tensor:
-        value: Tensor = self._holder[name].get_tensor(name)
-        return value
+def _check(headers: dict[str, TensorHeader], spec: DecoderSpec) -> None:
+    shapes = expected_shapes(spec)
+    ignored = {name for name in headers if name.endswith("rotary_emb.inv_freq")}  # buffers of old checkpoints
+    if spec.tied_embeddings:
+        ignored.add("lm_head.weight")
+    _refuse("misses", shapes.keys() - headers.keys(), spec)
+    _refuse("has unexpected", headers.keys() - shapes.keys() - ignored, spec)
+    wrong = [
+        f"{name} is {list(headers[name].shape)}, not {list(shape)}"
+        for name, shape in shapes.items()
+        if headers[name].shape != shape
+    ]
+    _refuse("has wrongly shaped", wrong, spec)
+    quantized = [f"{name} is {headers[name].dtype}" for name in shapes if headers[name].dtype not in _FLOATS]
+    _refuse("has quantized", quantized, spec)
 
 
 def _refuse(what: str, names: Iterable[str], spec: DecoderSpec) -> None:
@@ -174,37 +122,48 @@ def _refuse(what: str, names: Iterable[str], spec: DecoderSpec) -> None:
 class _Reader:
     """Tensors by name, several of them stacked by rows, at the wanted dtype on the wanted device."""
 
-    def __init__(self, checkpoint: _Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
-        self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
+    def __init__(
+        self,
+        stack: ExitStack,
+        headers: dict[str, TensorHeader],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Files are opened when first asked for and closed by `stack`."""
+        self._stack, self._headers, self._dtype, self._device = stack, headers, dtype, device
+        self._open: dict[Path, Any] = {}
 
     def __call__(self, *names: str) -> Tensor:
-        parts = [self._checkpoint.tensor(name) for name in names]
+        parts = [self._tensor(name) for name in names]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         # copy: without it the tensor would keep the whole file mapped, and change with the file.
         return whole.to(self._device, self._dtype, copy=len(parts) == 1)
+
+    def _tensor(self, name: str) -> Tensor:
+        file = self._headers[name].file
+        try:
+            if file not in self._open:
+                self._open[file] = self._stack.enter_context(safe_open(file, framework="pt"))
+            value: Tensor = self._open[file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file}: {name} cannot be read ({error}); fetch the model again") from error
+        return value
 
 
 class _Layers:
     """Layers read from the files as they are asked for."""
 
     def __init__(
-        self,
-        files: list[Path],
-        shapes: dict[str, tuple[int, ...]],
-        spec: DecoderSpec,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, headers: dict[str, TensorHeader], spec: DecoderSpec, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._files, self._shapes, self._spec, self._dtype, self._device = files, shapes, spec, dtype, device
+        self._headers, self._spec, self._dtype, self._device = headers, spec, dtype, device
 
     def __len__(self) -> int:
         return self._spec.num_layers
 
     def __iter__(self) -> Iterator[LayerWeights]:
         with ExitStack() as stack:
-            read = _Reader(
-                _Checkpoint(stack, self._files, self._shapes, self._spec), self._dtype, self._device
-            )
+            read = _Reader(stack, self._headers, self._dtype, self._device)
             for layer in range(self._spec.num_layers):
                 yield self._layer(read, f"model.layers.{layer}.")
 

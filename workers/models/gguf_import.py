@@ -1,0 +1,164 @@
+"""A GGUF file into a Hugging Face directory: config.json, safetensors, tokenizer, generation_config.json.
+
+Tensors are dequantized to bfloat16 (float16 and float32 files keep their dtype), one at a time, so that memory holds
+one shard. For architecture `llama`, llama.cpp's converter reorders the rows of q and k for its interleaved RoPE; that
+is undone here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workers.models.checkpoint import INDEX_NAME
+from workers.models.errors import ModelError
+from workers.models.gguf_config import GgufConfig
+from workers.models.gguf_tokenizer import write_tokenizer
+from workers.models.spec import DecoderSpec
+
+if TYPE_CHECKING:
+    import torch
+    from gguf import GGUFReader
+
+logger = logging.getLogger(__name__)
+
+Say = Callable[[str], None]
+
+SHARD_BYTES = 2 * 1024**3
+
+_WHOLE_MODEL = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_NOT_WEIGHTS = {"rope_freqs.weight"}  # enters config.json as RoPE parameters
+
+
+def import_gguf(source: Path, target: Path, say: Say) -> None:
+    """Write `source` as a model directory into `target`, which exists and is empty. Raises ModelError."""
+    reader = _open(source)
+    metadata = GgufConfig(source.name, reader)
+    config = metadata.config()
+    spec = DecoderSpec.from_config(config)
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (target / "generation_config.json").write_text(json.dumps(metadata.generation_config(), indent=2) + "\n")
+    write_tokenizer(source, metadata, target)
+    _write_tensors(source, reader, spec, config["dtype"], target, say)
+
+
+def _open(source: Path) -> GGUFReader:
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(source)
+    except FileNotFoundError:
+        raise ModelError(f"{source} does not exist") from None
+    except (ValueError, KeyError, IndexError, OverflowError, OSError) as error:
+        raise ModelError(f"{source} is not a whole GGUF file ({error}); fetch it again") from error
+
+
+def _hf_name(name: str) -> str | None:
+    """The safetensors name of a GGUF tensor, None where there is none."""
+    if name in _WHOLE_MODEL:
+        return _WHOLE_MODEL[name]
+    parts = name.split(".")
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _LAYER and parts[3] in ("weight", "bias"):
+        return f"model.layers.{parts[1]}.{_LAYER[parts[2]]}.{parts[3]}"
+    return None
+
+
+def _write_tensors(
+    source: Path, reader: GGUFReader, spec: DecoderSpec, dtype_name: str, target: Path, say: Say
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    dtype: torch.dtype = getattr(torch, dtype_name)
+    names = {}
+    for tensor in reader.tensors:
+        name = _hf_name(tensor.name)
+        if name is not None:
+            names[tensor.name] = name
+        elif tensor.name not in _NOT_WEIGHTS:
+            raise ModelError(
+                f"{source.name} has a tensor {tensor.name!r} that {spec.architecture} does not know"
+            )
+    total = sum(int(tensor.n_elements) for tensor in reader.tensors) or 1
+    shards: list[list[str]] = []
+    shard: dict[str, torch.Tensor] = {}
+    shard_bytes = done = said = 0
+
+    def close_shard() -> None:
+        nonlocal shard_bytes
+        save_file(shard, target / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+        shard_bytes = 0
+
+    for tensor in reader.tensors:
+        done += int(tensor.n_elements)
+        if tensor.name in _NOT_WEIGHTS:
+            continue
+        value = _dequantized(source, tensor, spec).to(dtype)
+        if shard_bytes + value.nbytes > SHARD_BYTES and shard:
+            close_shard()
+        shard[names[tensor.name]] = value
+        shard_bytes += value.nbytes
+        if (percent := done * 100 // total) >= said + 20:
+            said = percent - percent % 20
+            say(f"converting {source.name} ... {said}%")
+    close_shard()
+    _name_shards(target, shards)
+
+
+def _name_shards(target: Path, shards: list[list[str]]) -> None:
+    """Give the shards the names that transformers looks for, with an index where there are several."""
+    if len(shards) == 1:
+        (target / "shard-0.safetensors").rename(target / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for number, tensors in enumerate(shards):
+        name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        (target / f"shard-{number}.safetensors").rename(target / name)
+        weight_map |= dict.fromkeys(tensors, name)
+    (target / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2))
+
+
+def _dequantized(source: Path, tensor: Any, spec: DecoderSpec) -> torch.Tensor:
+    """float32, in Hugging Face's order of rows."""
+    import torch
+    from gguf.quants import dequantize
+
+    try:
+        values = dequantize(tensor.data, tensor.tensor_type).reshape(tuple(reversed(tensor.shape.tolist())))
+    except (NotImplementedError, ValueError) as error:
+        kind = tensor.tensor_type.name
+        raise ModelError(f"{source.name}: {tensor.name} ({kind}) cannot be dequantized: {error}") from error
+    value = torch.tensor(values, dtype=torch.float32)
+    if spec.architecture in ("llama", "mistral"):
+        if ".attn_q." in tensor.name:
+            return _unpermuted(value, spec.num_heads)
+        if ".attn_k." in tensor.name:
+            return _unpermuted(value, spec.num_kv_heads)
+    return value
+
+
+def _unpermuted(value: torch.Tensor, heads: int) -> torch.Tensor:
+    """Undo `permute` of llama.cpp's convert_hf_to_gguf.py: rows of a head back from pairs to halves."""
+    return value.reshape(heads, -1, 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape).contiguous()
