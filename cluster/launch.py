@@ -1,0 +1,347 @@
+"""Starts a whole cluster in order, keeps it alive, and stops it in the reverse order."""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from cluster import topology
+from cluster.actors import WORKER_CLASS
+from cluster.config import ClusterConfig
+from cluster.leases import Leases
+from cluster.pools import RayPools
+from cluster.ports import HeldPorts
+from cluster.progress import Step, Steps
+from cluster.ray_runtime import RayRuntime, machine
+from cluster.router_replica import ROUTER_CLASS, RouterSettings
+from cluster.routers import Routers
+from cluster.supervisor import Died, Supervisor
+from cluster.topology import Plan, Replica
+from cluster.valkey import EmbeddedValkey, ValkeyError
+from workers.config import WorkerConfig
+
+logger = logging.getLogger(__name__)
+
+_TICK_S = 0.2
+_READY_TIMEOUT_S = 60.0  # for the router to answer once all workers run
+_WORKER_GOODBYE_S = 5.0
+
+
+class LaunchError(Exception):
+    """The cluster could not be started; the message says which part and why."""
+
+
+class Stopped(Exception):
+    """Somebody asked to stop while things were still starting."""
+
+
+class Prepared(Protocol):
+    """What is known of a model once its files are in place (workers.models.catalog.PreparedModel)."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def served_name(self) -> str: ...
+
+
+Prepare = Callable[[str, Callable[[str], None]], Prepared]
+
+
+def prepare_from_catalog(name: str, say: Callable[[str], None]) -> Prepared:
+    """Find, fetch and convert the model. Raises LaunchError."""
+    from workers.models.catalog import prepare_model
+    from workers.models.errors import ModelError
+
+    try:
+        prepared: Prepared = prepare_model(name, say=say)
+    except ModelError as error:
+        raise LaunchError(f"model {name!r}: {error}") from error
+    return prepared
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What is inside the processes; tests put fakes in their place."""
+
+    worker_class: str = WORKER_CLASS
+    router_class: str = ROUTER_CLASS
+    prepare: Prepare = prepare_from_catalog
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where clients find the cluster, and under which name the model."""
+
+    url: str
+    grpc: str  # host:port, empty when off
+    model: str
+
+
+class Cluster:
+    """One running cluster. All methods belong on the main thread; `stopping` may be set from anywhere."""
+
+    def __init__(self, config: ClusterConfig, parts: Parts | None = None) -> None:
+        self.config = config
+        self.stopping = threading.Event()
+        self.supervisor: Supervisor | None = None
+        self.ray = RayRuntime(config)
+        self._parts = parts or Parts()
+        self._secret = config.security.cluster_secret or secrets.token_urlsafe(32)
+        self._ports: HeldPorts | None = None
+        self._valkey: EmbeddedValkey | None = None
+        self._pools: RayPools | None = None
+        self._routers: Routers | None = None
+        self._leases: Leases | None = None
+
+    # --- start -------------------------------------------------------------------------------------------------------
+
+    def start(self, steps: Steps) -> Address:
+        """Returns when a request would be served.
+
+        Raises LaunchError, TopologyError, PortError, ValkeyError, RayError, or Stopped. `stop` must follow in any case.
+        """
+        plan = topology.plan(self.config, machine()) if self.ray.local else None
+        self._ports = HeldPorts(self.config.router)
+        model = self._prepare_model(steps)
+        plan = self._start_ray(steps, plan)
+        redis_url = self._start_redis(steps)
+        self._start_routers(model, redis_url)
+        self._start_workers(plan, model, redis_url)
+        return self._await_ready(steps, plan, model)
+
+    def _prepare_model(self, steps: Steps) -> Prepared:
+        with steps.begin("model") as step:
+
+            def say(text: str) -> None:
+                step.note = text
+
+            model = self._parts.prepare(self.config.model.name, say)
+            step.note = self.config.model.served_name or model.served_name
+        self._heed_stop()
+        return model
+
+    def _start_ray(self, steps: Steps, plan: Plan | None) -> Plan:
+        with steps.begin("ray") as step:
+            self.ray.start(
+                num_cpus=max(plan.num_cpus, 1.0) if plan else 0,
+                num_gpus=machine().hosts[0].gpus if plan else 0,
+            )
+            self._heed_stop()
+            if plan is None:
+                plan = topology.plan(self.config, self.ray.inventory())
+            step.note = "local" if self.ray.local else f"joined {self.config.ray.address}"
+        for note in plan.notes:
+            logger.info("%s", note)
+        self._pools = RayPools(
+            plan,
+            log_level=self.config.log_level,
+            num_spares=self.config.supervisor.spares,
+            worker_class=self._parts.worker_class,
+        )
+        self._pools.place(self.config.ray.placement_timeout_s)
+        topology.check_reachable(self.config, self._pools.host_of, self.ray.node_id())
+        return plan
+
+    def _start_redis(self, steps: Steps) -> str:
+        with steps.begin("redis") as step:
+            redis_url = self.config.redis.url
+            if redis_url is None:
+                host = self.config.redis.host
+                self._valkey = EmbeddedValkey(
+                    self.ray.node_address() if host == "node" else host, self.config.redis.port
+                )
+                self._valkey.start()
+                redis_url = self._valkey.url
+                step.note = "embedded Valkey"
+            worker_ids = list(self._pools.host_of) if self._pools else []
+            self._leases = Leases(redis_url, self.config.cluster, worker_ids)
+            try:
+                self._leases.check()
+            except ConnectionError as error:
+                raise LaunchError(f"redis.url: no Redis answers there: {error}") from error
+        self._heed_stop()
+        return redis_url
+
+    def _start_routers(self, model: Prepared, redis_url: str) -> None:
+        assert self._ports is not None
+        self._routers = Routers(
+            self.config.cluster,
+            self.config.router.replicas,
+            owns_serve=self.ray.local,
+            router_class=self._parts.router_class,
+        )
+        self._routers.start(
+            RouterSettings(
+                cluster=self.config.cluster,
+                secret=self._secret,
+                redis_url=redis_url,
+                model_path=model.path,
+                log_level=self.config.log_level,
+                lease_s=self.config.transfer.lease_s,
+                router=self._ports.config,
+            )
+        )
+
+    def _start_workers(self, plan: Plan, model: Prepared, redis_url: str) -> None:
+        assert self._pools is not None
+        assert self._leases is not None
+        cores = {host.name: host.cpus for host in self.ray.inventory().hosts}
+        if self.ray.local:
+            cores = dict.fromkeys(cores, machine().hosts[0].cpus)
+        threads = topology.threads_per_worker(plan, self._pools.host_of, cores)
+
+        def config_json(replica: Replica, epoch: int) -> str:
+            return self._worker_config(replica, epoch, threads[replica.worker_id], model, redis_url)
+
+        self._pools.configure(threads, config_json, self._leases.read)
+        self.supervisor = Supervisor(
+            plan.replicas, self._pools, self.config.supervisor, self.config.ray.start_timeout_s
+        )
+        self.supervisor.start_all()
+
+    def _worker_config(
+        self, replica: Replica, epoch: int, num_threads: int, model: Prepared, redis_url: str
+    ) -> str:
+        return WorkerConfig(
+            worker_id=replica.worker_id,
+            epoch=epoch,
+            role=replica.role,
+            model_path=model.path,
+            served_name=self.config.model.served_name or model.served_name,
+            cluster=self.config.cluster,
+            secret=self._secret,
+            redis_url=redis_url,
+            host=self.config.worker.host,
+            heartbeat_s=self.config.worker.heartbeat_s,
+            timeout_s=self.config.worker.timeout_s,
+            engine=replica.engine.model_copy(update={"num_threads": num_threads}),
+            transfer=self.config.transfer,
+        ).model_dump_json()
+
+    def _await_ready(self, steps: Steps, plan: Plan, model: Prepared) -> Address:
+        assert self.supervisor is not None
+        workers, routers = steps.begin("workers"), steps.begin("router")
+        self._await_workers(workers, len(plan.replicas))
+        address = self._address(model)
+        deadline = time.monotonic() + _READY_TIMEOUT_S
+        while True:
+            answer = self._ask_ready(address.url)
+            if answer == "ready":
+                break
+            self._watch(0.05)
+            if time.monotonic() > deadline:
+                raise LaunchError(f"the router is not ready after {_READY_TIMEOUT_S:g} s: {answer}")
+        routers.done(address.url)
+        self.supervisor.launching = False
+        return address
+
+    def _await_workers(self, step: Step, count: int) -> None:
+        assert self.supervisor is not None
+        while not self.supervisor.all_running():
+            running = sum(watched.phase == "running" for watched in self.supervisor.watched.values())
+            step.note = f"{running} of {count} have loaded the model"
+            self._watch(_TICK_S)
+        step.done(", ".join(self.supervisor.watched))
+
+    def _watch(self, timeout_s: float) -> None:
+        """One tick during the start, when a death ends it all instead of being mended."""
+        assert self.supervisor is not None
+        assert self._routers is not None
+        self._heed_stop()
+        for event in self.supervisor.tick(timeout_s):
+            if isinstance(event, Died):
+                raise LaunchError(f"{event.worker_id} could not start: {event.reason}")
+        if reason := self._routers.failure():
+            raise LaunchError(f"the router could not start: {reason}")
+
+    def _address(self, model: Prepared) -> Address:
+        assert self._ports is not None
+        config = self._ports.config
+        return Address(
+            url=f"http://{_reachable(config.http.host)}:{config.http.port}",
+            grpc=f"{_reachable(config.grpc.host)}:{config.grpc.port}" if config.grpc.enabled else "",
+            model=self.config.model.served_name or model.served_name,
+        )
+
+    def _ask_ready(self, url: str) -> str:
+        """`ready`, or why not."""
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=2.0)
+        keys = self.config.router.http.api_keys
+        try:
+            connection.request(
+                "GET", "/ready", headers={"Authorization": f"Bearer {keys[0]}"} if keys else {}
+            )
+            answer = connection.getresponse()
+            body = answer.read(200).decode(errors="replace")
+            return "ready" if answer.status == 200 else f"{answer.status} {body}"
+        except (OSError, http.client.HTTPException) as error:
+            return f"no answer from {url}: {error}"
+        finally:
+            connection.close()
+
+    def _heed_stop(self) -> None:
+        if self.stopping.is_set():
+            raise Stopped
+
+    # --- life --------------------------------------------------------------------------------------------------------
+
+    def tend(self) -> None:
+        """Keep everything alive until `stopping` is set."""
+        assert self.supervisor is not None
+        while not self.stopping.is_set():
+            self.supervisor.tick(_TICK_S)
+            if self._valkey is not None and not self._valkey.alive():
+                logger.warning("the embedded Valkey died; starting it again on the same port")
+                try:
+                    self._valkey.start()
+                except ValkeyError as error:
+                    logger.error("%s", error)
+                    self.stopping.wait(1.0)
+
+    # --- stop --------------------------------------------------------------------------------------------------------
+
+    def stop(self) -> list[str]:
+        """Idempotent. First the way in, then the workers, then what they stand on. Answers what went wrong."""
+        troubles: list[str] = []
+
+        def attempt(what: str, action: Callable[[], Any]) -> None:
+            try:
+                action()
+            except Exception as error:
+                logger.debug("stopping %s", what, exc_info=True)
+                troubles.append(f"{what}: {error}")
+
+        routers, self._routers = self._routers, None
+        pools, self._pools = self._pools, None
+        leases, self._leases = self._leases, None
+        valkey, self._valkey = self._valkey, None
+        ports, self._ports = self._ports, None
+        if routers is not None:
+            attempt("router", routers.stop)
+        if pools is not None:
+            attempt("workers", lambda: pools.stop(_WORKER_GOODBYE_S))
+        if leases is not None:
+            attempt("redis client", leases.close)
+        attempt("ray", self.ray.stop)
+        if valkey is not None:
+            attempt("valkey", valkey.stop)
+        if ports is not None:
+            ports.release()
+        return troubles
+
+
+def _reachable(host: str) -> str:
+    """An address that a client on this machine can use for a listener on `host`."""
+    if host in ("0.0.0.0", ""):
+        return "127.0.0.1"
+    if host == "::":
+        return "[::1]"
+    return f"[{host}]" if ":" in host else host

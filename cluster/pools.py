@@ -1,0 +1,195 @@
+"""The pools in Ray: placement groups of worker actors."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.actors import WORKER_CLASS, death_reason, remote_worker
+from cluster.spares import Spares
+from cluster.supervisor import Died, Event, Started
+from cluster.topology import ROLES, Plan, Replica, TopologyError
+from workers.protocol.messages import Role
+
+logger = logging.getLogger(__name__)
+
+WorkerConfigJson = Callable[[Replica, int], str]
+LeaseReader = Callable[[], Mapping[str, int] | None]
+
+
+@dataclass(slots=True)
+class _Life:
+    """One actor, from its creation to its end."""
+
+    replica: Replica
+    epoch: int
+    actor: Any
+    pending: Any  # reference of start(), then of run()
+    started: bool = False
+    pid: int = 0
+
+
+class RayPools:
+    """The supervisor's `Hands` on a real Ray."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        log_level: str,
+        num_spares: int,
+        worker_class: str = WORKER_CLASS,
+    ) -> None:
+        self._plan = plan
+        self._log_level = log_level
+        self._worker_class = worker_class
+        self._spares = Spares(num_spares, log_level, worker_class)
+        self._groups: dict[Role, Any] = {}
+        self._bundle_of: dict[str, tuple[Any, int]] = {}
+        self.host_of: dict[str, str] = {}  # worker_id -> Ray node id
+        self._threads: Mapping[str, int] = {}
+        self._config_json: WorkerConfigJson | None = None
+        self._leases: LeaseReader = lambda: None
+        self._lives: dict[str, _Life] = {}
+        self._gpus: dict[str, list[str]] = {}  # GPU ids that each bundle was given
+
+    def place(self, timeout_s: float) -> None:
+        """Take the places of all replicas. Raises TopologyError when they can't be had in time."""
+        ray: Any = importlib.import_module("ray")
+        from ray.util.placement_group import placement_group
+
+        deadline = time.monotonic() + timeout_s
+        for role in ROLES:
+            replicas = self._plan.of(role)
+            if replicas:
+                self._groups[role] = placement_group(
+                    [replica.bundle for replica in replicas], strategy="PACK"
+                )
+        for role, group in self._groups.items():
+            if not group.wait(max(0.1, deadline - time.monotonic())):
+                free: dict[str, float] = ray.available_resources()
+                raise TopologyError(
+                    f"the {role} pool found no place within {timeout_s:g} s: it needs "
+                    f"{[replica.bundle for replica in self._plan.of(role)]}, free are {free.get('CPU', 0):g} CPUs and "
+                    f"{free.get('GPU', 0):g} GPUs; is another program using the Ray cluster?"
+                )
+            for index, replica in enumerate(self._plan.of(role)):
+                self._bundle_of[replica.worker_id] = (group, index)
+                self._locate(replica.worker_id)
+
+    def _locate(self, worker_id: str) -> None:
+        """Ray moves a bundle when its host dies."""
+        from ray.util.placement_group import placement_group_table
+
+        group, index = self._bundle_of[worker_id]
+        self.host_of[worker_id] = placement_group_table(group)["bundles_to_node_id"][index]
+
+    def configure(
+        self, threads: Mapping[str, int], config_json: WorkerConfigJson, leases: LeaseReader
+    ) -> None:
+        """What lives are started with: threads per worker, their configuration, and who is alive in Redis."""
+        self._threads, self._config_json, self._leases = threads, config_json, leases
+
+    # --- Hands ---------------------------------------------------------------------------------------------------
+
+    def start(self, replica: Replica, epoch: int) -> None:
+        assert self._config_json is not None, "configure() comes first"
+        self._spares.hold_off()
+        self._locate(replica.worker_id)
+        config_json = self._config_json(replica, epoch)
+        gpus = self._gpus.get(replica.worker_id)
+        # Only the first life in a bundle learns from Ray which GPUs are the bundle's: no spare can stand in for that.
+        can_use_spare = gpus is not None or not replica.num_gpus
+        actor = self._spares.take(self.host_of[replica.worker_id]) if can_use_spare else None
+        if actor is None:
+            gpus = None
+            from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+            group, index = self._bundle_of[replica.worker_id]
+            actor = remote_worker(replica.num_cpus, replica.num_gpus).options(
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    group, placement_group_bundle_index=index
+                )
+            )
+            actor = actor.remote(self._threads[replica.worker_id], self._log_level, self._worker_class)
+        self._lives[replica.worker_id] = _Life(replica, epoch, actor, actor.start.remote(config_json, gpus))
+
+    def kill(self, worker_id: str) -> None:
+        life = self._lives.pop(worker_id, None)
+        if life is None:
+            return
+        import ray
+
+        ray.kill(life.actor, no_restart=True)
+        if life.pid and self.host_of[worker_id] == ray.get_runtime_context().get_node_id():
+            # Ray asks the process to leave; one that is stopped would never hear it.
+            try:
+                os.kill(life.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+    def events(self, timeout_s: float) -> list[Event]:
+        import ray
+
+        if all(life.started for life in self._lives.values()):
+            self._spares.tend({node: self._threads[worker] for worker, node in self.host_of.items()})
+        pending = {life.pending: life for life in self._lives.values()}
+        if not pending:
+            time.sleep(timeout_s)
+            return []
+        # One at a time is enough to wake up; whatever else is done is collected with it.
+        done, _ = ray.wait(list(pending), num_returns=1, timeout=timeout_s)
+        if done:
+            done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0)
+        return [event for reference in done if (event := self._outcome(pending[reference])) is not None]
+
+    def leases(self) -> Mapping[str, int] | None:
+        return self._leases()
+
+    # --- lives ---------------------------------------------------------------------------------------------------
+
+    def _outcome(self, life: _Life) -> Event | None:
+        import ray
+
+        worker_id = life.replica.worker_id
+        try:
+            answer = ray.get(life.pending)
+        except ray.exceptions.ActorDiedError as error:
+            del self._lives[worker_id]  # nothing is left to kill
+            return Died(worker_id, life.epoch, death_reason(error))
+        except ray.exceptions.RayError as error:
+            reason = death_reason(error)
+        else:
+            if not life.started:
+                life.started, life.pid = True, answer["pid"]
+                if answer["gpus"]:
+                    self._gpus[worker_id] = answer["gpus"]
+                life.pending = life.actor.run.remote()
+                self._spares.hold_off()
+                return Started(worker_id, life.epoch, answer["address"], life.pid)
+            reason = "it ended without being asked to"
+        self.kill(worker_id)
+        return Died(worker_id, life.epoch, reason)
+
+    # --- end -----------------------------------------------------------------------------------------------------
+
+    def stop(self, timeout_s: float) -> None:
+        """End every worker in order, those that do not answer by force, and give the places back."""
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
+        goodbyes = [life.actor.stop.remote() for life in self._lives.values() if life.started]
+        if goodbyes:
+            ray.wait(goodbyes, num_returns=len(goodbyes), timeout=timeout_s)
+        for worker_id in list(self._lives):
+            self.kill(worker_id)
+        self._spares.stop()
+        for group in self._groups.values():
+            remove_placement_group(group)
+        self._groups.clear()

@@ -1,0 +1,116 @@
+"""A router replica: a Ray Serve deployment for its life cycle, its own listeners for everything else.
+
+Serve starts, checks, restarts and replaces replicas. No request passes through Serve: each replica opens the HTTP and
+gRPC ports itself, and replicas on one node share them (SO_REUSEPORT).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import importlib
+import logging
+import threading
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster.logs import set_up_logging
+from router.config import RouterConfig
+
+logger = logging.getLogger(__name__)
+
+ROUTER_CLASS = "cluster.router_replica:Router"
+_STOP_TIMEOUT_S = 5.0
+
+
+class RouterSettings(BaseModel):
+    """Everything one router replica needs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    cluster: str
+    secret: str = Field(repr=False)
+    redis_url: str = Field(repr=False)
+    model_path: Path
+    log_level: str
+    lease_s: float
+    router: RouterConfig
+
+
+class RouterLike(Protocol):
+    """What the replica asks of a router; tests put a fake in its place."""
+
+    async def start(self) -> None:
+        """Returns when the ports are open."""
+
+    async def stop(self) -> None: ...
+
+    def alive(self) -> bool: ...
+
+
+class RouterReplica:
+    """The Serve deployment: a router on a thread with an event loop of its own, apart from Serve's."""
+
+    def __init__(self, settings_json: str, router_class: str = ROUTER_CLASS) -> None:
+        settings = RouterSettings.model_validate_json(settings_json)
+        set_up_logging(settings.log_level, "router")
+        _keep_serve_on_loopback(settings.router.http.host)
+        module, _, name = router_class.partition(":")
+        self._router: RouterLike = getattr(importlib.import_module(module), name)(settings)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._over: asyncio.Event | None = None
+        self._up: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._thread = threading.Thread(target=self._run, name="router", daemon=True)
+        self._thread.start()
+        self._up.result()
+
+    def _run(self) -> None:
+        import uvloop
+
+        try:
+            uvloop.run(self._main())
+        except Exception as error:
+            if not self._up.done():
+                self._up.set_exception(error)
+            else:
+                logger.exception("the router died")
+
+    async def _main(self) -> None:
+        self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
+        await self._router.start()
+        self._up.set_result(None)
+        try:
+            await self._over.wait()
+        finally:
+            await asyncio.wait_for(self._router.stop(), _STOP_TIMEOUT_S)
+
+    def check_health(self) -> None:
+        """Asked by Serve every second; raising makes Serve replace this replica."""
+        if not self._thread.is_alive() or not self._router.alive():
+            raise RuntimeError("the router's server is down")
+
+    def __del__(self) -> None:
+        """Serve's good-bye to a replica."""
+        loop, over = getattr(self, "_loop", None), getattr(self, "_over", None)
+        if loop is not None and over is not None and self._thread.is_alive():
+            loop.call_soon_threadsafe(over.set)
+            self._thread.join(_STOP_TIMEOUT_S + 1.0)
+
+
+def _keep_serve_on_loopback(host: str) -> None:
+    """Serve opens a port of its own in each replica, on every address, for calls between deployments. There are none.
+
+    Bind it to loopback when the router itself is only there. (Ray's token guards it in any case.)
+    """
+    if not host.startswith("127."):
+        return
+    try:
+        replica: Any = importlib.import_module("ray.serve._private.replica")
+        bind = replica.add_port_to_grpc_server
+    except (ImportError, AttributeError):
+        return
+    replica.add_port_to_grpc_server = lambda server, address: bind(
+        server, address.replace("[::]", "127.0.0.1")
+    )
