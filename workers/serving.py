@@ -21,8 +21,8 @@ from workers.engine.scheduler import StepResult
 from workers.metrics import WorkerMetrics
 from workers.protocol.messages import (
     Accepted,
-    FailureCode,
     Failed,
+    FailureCode,
     Load,
     Prefill,
     PrefillDone,

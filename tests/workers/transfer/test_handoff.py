@@ -1,0 +1,357 @@
+"""Hand-over between two sides: right bytes, nothing held at rest, every fault ends aloud."""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.workers.transfer.pair import (
+    BLOCK,
+    LAYOUT,
+    SECRET,
+    DecodeSide,
+    PatternEngine,
+    PrefillSide,
+    info,
+    work,
+)
+from workers.protocol.frames import (
+    ProtocolError,
+    answer_challenge,
+    check_welcome,
+    encode,
+    kv_to_sender,
+    recv_frame,
+    send_frame,
+)
+from workers.protocol.messages import KvBlocks, KvEndpoint, KvFirstToken, Ticket
+
+
+def until(condition: object, timeout_s: float = 10.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.005)
+
+
+def at_rest(d: DecodeSide, p: PrefillSide) -> None:
+    until(
+        lambda: (
+            len(p.handoffs) == 0 and not p.handoffs.holding and len(d.tickets) == 0 and not d.tickets.writing
+        )
+    )
+    for side in (d, p):
+        with side.engine.lock:
+            assert side.engine.scheduler.requests == {}
+            side.engine.pool.check()
+            assert side.engine.pool.num_referenced == 0
+
+
+@pytest.fixture(params=["shm", "tcp", "tcp-staged"])
+def pair(request: pytest.FixtureRequest) -> Iterator[tuple[DecodeSide, PrefillSide]]:
+    channel, _, staged = request.param.partition("-")
+    d = DecodeSide(PatternEngine(64), [channel], staged=bool(staged))
+    p = PrefillSide(PatternEngine(64), [channel], staged=bool(staged))
+    yield d, p
+    p.stop()
+    d.stop()
+
+
+Pair = tuple[DecodeSide, PrefillSide]
+
+
+def test_blocks_arrive_as_they_were(pair: Pair) -> None:
+    d, p = pair
+    for name, length in [("short", 1), ("exact", 8), ("long", 150)]:
+        w = work(name, list(range(length)))
+        p.accept(w, d.reserve(w))
+        p.run()
+        d.wait(name)
+        assert d.committed[name]
+    at_rest(d, p)
+    assert p.ended == {"short": None, "exact": None, "long": None}
+    assert set(p.kinds.values()) == set(d.channels)
+
+
+def test_blocks_that_d_has_are_not_sent(pair: Pair) -> None:
+    d, p = pair
+    prompt = list(range(40))
+    for name, tail in [("a", [1, 1, 1]), ("b", [2, 2, 2, 2, 2])]:
+        w = work(name, prompt + tail)
+        ticket = d.reserve(w)
+        assert ticket.first_block == (0 if name == "a" else 10)
+        p.accept(w, ticket)
+        p.run()
+        d.wait(name)
+        assert d.committed[name]
+    at_rest(d, p)
+
+
+def test_preemption_on_the_prefill_side_sends_right_bytes(pair: Pair) -> None:
+    d, _ = pair
+    p = PrefillSide(PatternEngine(14), d.channels)
+    p.engine.scheduler.max_num_batched_tokens = 8
+    works = [work(f"w{i}", [i] * 30) for i in range(6)]
+    for w in works:
+        p.accept(w, d.reserve(w))
+    end = time.monotonic() + 20
+    while len(p.ended) < len(works) and time.monotonic() < end:
+        if not p.step():
+            time.sleep(0.001)
+    d.wait(*(w.request_id for w in works))
+    assert all(d.committed[w.request_id] for w in works)
+    at_rest(d, p)
+    p.stop()
+
+
+def test_lease_expires_without_progress_and_a_late_transfer_is_dropped(pair: Pair) -> None:
+    d, p = pair
+    w = work("late", list(range(20)))
+    ticket = d.reserve(w, lease_s=0.2)
+    d.wait("late")
+    assert d.lost["late"] == "lease_expired"
+    assert d.engine.pool.num_referenced == 0
+    p.accept(w, ticket)
+    p.run()
+    until(lambda: "late" in p.ended)
+    assert p.ended["late"] == "transfer_failed"
+    assert "no ticket" in p.reasons["late"]
+    w = work("next", list(range(30)))
+    p.accept(w, d.reserve(w))
+    p.run()
+    d.wait("next")
+    assert d.committed["next"], "the channel is still in step"
+    at_rest(d, p)
+
+
+def test_a_queued_request_keeps_its_lease(pair: Pair) -> None:
+    d, p = pair
+    w = work("queued", list(range(20)))
+    p.accept(w, d.reserve(w, lease_s=1.0))
+    time.sleep(1.8)
+    assert d.lost == {}
+    p.run()
+    d.wait("queued")
+    assert d.committed["queued"]
+    at_rest(d, p)
+
+
+def test_cancel_on_either_side_at_any_moment(pair: Pair) -> None:
+    d, p = pair
+    rng = random.Random(5)
+    names = []
+    for i in range(150):
+        w = work(f"w{i}", [rng.randrange(3) for _ in range(rng.randrange(1, 60))])
+        while (ticket := d.reserve(w)) is None:
+            time.sleep(0.002)
+        names.append(w.request_id)
+        fate = rng.randrange(4)
+        p.accept(w, ticket)
+        if fate == 0:
+            p.step()
+            p.handoffs.cancel(w.request_id)
+            with p.engine.lock:
+                p.engine.scheduler.cancel(w.request_id)
+        elif fate == 1:
+            p.step()
+            d.tickets.cancel(w.request_id)
+            with d.engine.lock:
+                d.engine.scheduler.cancel(w.request_id)
+            d.lost[w.request_id] = "cancelled here"
+        p.run()
+    d.wait(*names)
+    at_rest(d, p)
+    assert all(d.committed.values())
+    assert len(d.committed) > 50
+
+
+def test_the_decode_side_dies(pair: Pair) -> None:
+    d, p = pair
+    w = work("a", list(range(20)))
+    p.accept(w, d.reserve(w))
+    until(lambda: p.handoffs.channels())
+    d.stop()
+    p.run()
+    until(lambda: "a" in p.ended)
+    assert p.ended["a"] == "transfer_failed"
+    assert p.engine.pool.num_referenced == 0
+    assert p.engine.scheduler.requests == {}
+
+
+def test_the_prefill_side_dies(pair: Pair) -> None:
+    d, p = pair
+    w = work("a", list(range(200)))
+    p.accept(w, d.reserve(w, lease_s=0.5))
+    p.step()
+    p.stop()
+    d.wait("a")
+    assert d.engine.pool.num_referenced == 0
+    assert d.committed == {}
+
+
+def test_no_common_road_is_said(pair: Pair) -> None:
+    d, _ = pair
+    other = PrefillSide(PatternEngine(8), ["tcp" if d.channels == ["shm"] else "shm"])
+    w = work("a", [1])
+    other.accept(w, d.reserve(w))
+    until(lambda: "a" in other.ended)
+    assert "no channel to d0" in other.reasons["a"]
+    assert f"it offers {d.channels[0]}" in other.reasons["a"]
+    other.stop()
+
+
+# --- a peer that does not keep the rules -----------------------------------------------------------------------------
+
+
+def dial(d: DecodeSide, secret: bytes = SECRET) -> socket.socket:
+    host, port = d.receiver.endpoints[0].address.split(":")
+    sock = socket.create_connection((host, int(port)), timeout=5)
+    hello = answer_challenge(secret, recv_frame(sock, kv_to_sender), "p9")
+    send_frame(sock, hello)
+    check_welcome(secret, hello, recv_frame(sock, kv_to_sender))
+    return sock
+
+
+@pytest.fixture
+def d() -> Iterator[DecodeSide]:
+    side = DecodeSide(PatternEngine(64), ["tcp"], io_timeout_s=0.3)
+    yield side
+    side.stop()
+
+
+def blocks(ticket: Ticket, first: int, count: int) -> bytes:
+    message = KvBlocks(ticket.transfer_id, ticket.epoch, first, count, count * LAYOUT.block_bytes)
+    return encode(message) + b"\7" * (count * LAYOUT.block_bytes)
+
+
+def test_wrong_secret_is_refused(d: DecodeSide) -> None:
+    with pytest.raises(ProtocolError, match="wrong cluster secret"):
+        dial(d, b"x" * 32)
+
+
+@pytest.mark.parametrize("cut", [1, 3, 20, 200, LAYOUT.block_bytes + 50])
+def test_a_sender_that_is_cut_or_stalls_inside_a_frame(d: DecodeSide, cut: int) -> None:
+    for stall in (False, True):
+        w = work(f"w{cut}{stall}", list(range(20)))
+        ticket = d.reserve(w, lease_s=1.5)
+        sock = dial(d)
+        sock.sendall(blocks(ticket, 0, 5)[:cut])
+        if not stall:
+            sock.close()
+        d.wait(w.request_id)
+        until(lambda: not d.tickets.writing)
+        assert d.engine.pool.num_referenced == 0
+        sock.close()
+    assert d.committed == {}
+
+
+def test_first_token_before_all_blocks_is_never_committed(d: DecodeSide) -> None:
+    ticket = d.reserve(work("a", list(range(20))))
+    sock = dial(d)
+    sock.sendall(blocks(ticket, 0, 4))
+    assert recv_frame(sock, kv_to_sender).ok
+    send_frame(sock, KvFirstToken(ticket.transfer_id, ticket.epoch, 3, None, 0))
+    ack = recv_frame(sock, kv_to_sender)
+    assert not ack.ok
+    assert "4 of 5 blocks" in ack.reason
+    assert d.lost == {"a": "transfer_failed"}
+    assert d.engine.pool.num_referenced == 0
+
+
+def test_blocks_out_of_order_or_outside_are_refused(d: DecodeSide) -> None:
+    sock = dial(d)
+    for name, first, count in [("skip", 1, 1), ("beyond", 0, 6), ("negative", -1, 1)]:
+        ticket = d.reserve(work(name, list(range(20))))
+        sock.sendall(blocks(ticket, first, count))
+        assert not recv_frame(sock, kv_to_sender).ok
+        assert d.lost[name] == "transfer_failed"
+    assert d.engine.pool.num_referenced == 0
+    assert not d.engine.kv_cache.any(), "not a byte was written"
+
+
+def test_an_old_epoch_is_void(d: DecodeSide) -> None:
+    ticket = d.reserve(work("a", list(range(8))))
+    sock = dial(d)
+    old = KvBlocks(ticket.transfer_id, ticket.epoch - 1, 0, 2, 2 * LAYOUT.block_bytes)
+    sock.sendall(encode(old) + b"\7" * old.num_bytes)
+    ack = recv_frame(sock, kv_to_sender)
+    assert not ack.ok
+    assert "epoch" in ack.reason
+    assert not d.engine.kv_cache.any()
+    assert len(d.tickets) == 1, "the ticket itself is untouched"
+
+
+def test_garbage_closes_the_channel_and_nothing_else(d: DecodeSide) -> None:
+    sock = dial(d)
+    sock.sendall(b"\xff" * 4)
+    assert sock.recv(1) == b""
+    good = dial(d)
+    ticket = d.reserve(work("a", list(range(4))))
+    good.sendall(blocks(ticket, 0, 1))
+    assert recv_frame(good, kv_to_sender).ok
+
+
+def test_a_ticket_that_goes_away_while_its_bytes_come_in(d: DecodeSide) -> None:
+    ticket = d.reserve(work("a", list(range(20))))
+    sock = dial(d)
+    whole = blocks(ticket, 0, 5)
+    sock.sendall(whole[:500])
+    until(lambda: d.tickets.writing)
+    with d.engine.lock:
+        d.tickets.cancel("a")
+        d.engine.scheduler.cancel("a")
+        assert d.engine.pool.num_referenced == 5, "the writer holds them"
+    sock.sendall(whole[500:])
+    assert not recv_frame(sock, kv_to_sender).ok
+    assert d.engine.pool.num_referenced == 0
+
+
+def test_a_wrong_peer_behind_the_address_is_noticed() -> None:
+    d = DecodeSide(PatternEngine(8), ["tcp"])
+    stranger = DecodeSide(PatternEngine(8), ["tcp"], worker_id="d7")
+    ticket = d.reserve(work("a", [1]))
+    moved = Ticket(
+        **{f: getattr(ticket, f) for f in ticket.__struct_fields__ if f != "endpoints"},
+        endpoints=[KvEndpoint("tcp", stranger.receiver.endpoints[0].address)],
+    )
+    p = PrefillSide(PatternEngine(8), ["tcp"])
+    p.accept(work("a", [1]), moved)
+    until(lambda: "a" in p.ended)
+    assert "d7:1 answers where the ticket names d0:1" in p.reasons["a"]
+    for side in (p, d, stranger):
+        side.stop()
+
+
+def test_many_at_once_from_two_prefill_sides(pair: Pair) -> None:
+    d, p = pair
+    q = PrefillSide(PatternEngine(40), d.channels)
+    rng = random.Random(1)
+    works = [work(f"w{i}", [rng.randrange(2) for _ in range(rng.randrange(1, 30))]) for i in range(60)]
+
+    def feed(side: PrefillSide, mine: list[object]) -> None:
+        for w in mine:
+            while (ticket := d.reserve(w)) is None:  # type: ignore[arg-type]
+                side.step()
+                time.sleep(0.001)
+            side.accept(w, ticket)  # type: ignore[arg-type]
+            side.step()
+        while side.step() or len(side.handoffs):
+            time.sleep(0.001)
+
+    threads = [threading.Thread(target=feed, args=(side, works[i::2])) for i, side in enumerate((p, q))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    d.wait(*(w.request_id for w in works))
+    assert all(d.committed.values())
+    assert LAYOUT.block_size == BLOCK
+    at_rest(d, p)
+    at_rest(d, q)
+    q.stop()
+    assert info("d0", 1).worker_id == "d0"
