@@ -40,7 +40,7 @@ class Runner:
             block_tables=self._tensor(_padded(step.block_tables)),
             slots=self._tensor(step.slots),
         )
-        rows = self._tensor(step.sample_rows)
+        rows = self._tensor(step.sample_rows or [0])  # a chunk that samples nothing still needs a row to end with
         hidden = self.model.forward(
             self._tensor(step.token_ids), self._tensor(step.positions), self.kv_cache, batch, rows
         )
