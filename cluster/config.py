@@ -43,9 +43,9 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 class ModelConfig(Section):
     name: str = Field(
-        "smollm2-135m",
+        "smollm2-135m-instruct",
         min_length=1,
-        description="a name `headrace models` lists, a directory, a GGUF file or a hub id",
+        description="the default model, a directory, a GGUF file or a hub id",
     )
     served_name: str | None = Field(
         None, min_length=1, description="name clients use; null: derived from model.name"
@@ -57,6 +57,7 @@ class EngineOverrides(EngineConfig):
 
 
 class PoolConfig(Section):
+    replicas: int = Field(1, ge=0, description="workers of this pool")
     engine: EngineOverrides = Field(
         EngineOverrides(), description="engine settings that differ in this pool, e.g. {max_num_seqs: 128}"
     )

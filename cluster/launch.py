@@ -91,6 +91,7 @@ class Cluster:
     def __init__(self, config: ClusterConfig, parts: Parts | None = None) -> None:
         self.config = config
         self.stopping = threading.Event()
+        self.interruptible = False  # a signal may break off what goes on: nothing has been started yet
         self.supervisor: Supervisor | None = None
         self.ray = RayRuntime(config)
         self._parts = parts or Parts()
@@ -123,7 +124,11 @@ class Cluster:
             def say(text: str) -> None:
                 step.note = text
 
-            model = self._parts.prepare(self.config.model.name, say)
+            self.interruptible = True
+            try:
+                model = self._parts.prepare(self.config.model.name, say)
+            finally:
+                self.interruptible = False
             step.note = self.config.model.served_name or model.served_name
         self._heed_stop()
         return model
@@ -183,7 +188,7 @@ class Cluster:
                 cluster=self.config.cluster,
                 secret=self._secret,
                 redis_url=redis_url,
-                model_path=model.path,
+                model=str(self._model_path(model)),
                 log_level=self.config.log_level,
                 lease_s=self.config.transfer.lease_s,
                 router=self._ports.config,
@@ -214,7 +219,7 @@ class Cluster:
             worker_id=replica.worker_id,
             epoch=epoch,
             role=replica.role,
-            model_path=model.path,
+            model_path=self._model_path(model),
             served_name=self.config.model.served_name or model.served_name,
             cluster=self.config.cluster,
             secret=self._secret,
@@ -225,6 +230,10 @@ class Cluster:
             engine=replica.engine.model_copy(update={"num_threads": num_threads}),
             transfer=self.config.transfer,
         ).model_dump_json()
+
+    def _model_path(self, model: Prepared) -> Path:
+        """Other hosts may keep the model elsewhere, or not have it yet: there each process prepares it by its name."""
+        return model.path if self.ray.local else Path(self.config.model.name)
 
     def _await_ready(self, steps: Steps, plan: Plan, model: Prepared) -> Address:
         assert self.supervisor is not None

@@ -12,7 +12,6 @@ import os
 import secrets
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -39,6 +38,7 @@ _ENVIRONMENT = {
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+TEMP_PREFIX = "headrace-"
 _LONGEST_TEMP = 40  # characters; Ray's unix sockets below it must stay under 107
 
 
@@ -77,6 +77,15 @@ class RayRuntime:
         self.temp_dir: Path | None = None
         self._started = False
 
+    def make_files(self) -> Path | None:
+        """The directory that a local Ray will use. It exists before Ray does, so that its place can be noted."""
+        if self.local and self.temp_dir is None:
+            parent = tempfile.gettempdir()
+            if len(parent) > _LONGEST_TEMP:
+                parent = "/tmp"
+            self.temp_dir = Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=parent))
+        return self.temp_dir
+
     def start(self, num_cpus: float, num_gpus: float) -> None:
         """Raises RayError. Call on the main thread: the kernel ties Ray's processes to the thread that starts them."""
         self._prepare_environment()
@@ -91,13 +100,12 @@ class RayRuntime:
             "log_to_driver": True,
         }
         if self.local:
-            self.temp_dir = self._make_temp_dir()
             options |= {
                 "num_cpus": max(1, int(num_cpus + 0.999)),
                 "num_gpus": int(num_gpus),
                 "include_dashboard": False,
                 "object_store_memory": int(self._config.ray.object_store_memory),
-                "_temp_dir": str(self.temp_dir),
+                "_temp_dir": str(self.make_files()),
             }
         else:
             options["address"] = self._config.ray.address
@@ -153,8 +161,6 @@ class RayRuntime:
             shutil.rmtree(self.temp_dir, ignore_errors=True)
 
     def _prepare_environment(self) -> None:
-        if "ray" in sys.modules and self.local and os.environ.get("RAY_AUTH_MODE") != "token":
-            logger.debug("ray was imported before its environment was set")
         settings = _ENVIRONMENT | (_LOCAL_ENVIRONMENT if self.local else {})
         for name, value in settings.items():
             os.environ.setdefault(name, value)
@@ -163,12 +169,6 @@ class RayRuntime:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             os.environ.pop("RAY_ADDRESS", None)
             _share_checkout()
-
-    def _make_temp_dir(self) -> Path:
-        parent = tempfile.gettempdir()
-        if len(parent) > _LONGEST_TEMP:
-            parent = "/tmp"
-        return Path(tempfile.mkdtemp(prefix="headrace-", dir=parent))
 
 
 def _share_checkout() -> None:

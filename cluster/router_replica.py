@@ -11,7 +11,6 @@ import concurrent.futures
 import importlib
 import logging
 import threading
-from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -33,7 +32,7 @@ class RouterSettings(BaseModel):
     cluster: str
     secret: str = Field(repr=False)
     redis_url: str = Field(repr=False)
-    model_path: Path
+    model: str = Field(description="a prepared directory, or a name that is prepared on the replica's node")
     log_level: str
     lease_s: float
     router: RouterConfig

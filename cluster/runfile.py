@@ -16,6 +16,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from workers.models.cache import default_cache_dir
+
 _LOCK_ATTEMPTS = 5
 
 
@@ -43,15 +45,8 @@ class Run(BaseModel):
     temp_dirs: list[str] = []  # to be removed by whoever finds them without their owner
 
 
-def cache_dir() -> Path:
-    """${HEADRACE_CACHE}, else ${XDG_CACHE_HOME:-~/.cache}/headrace."""
-    if own := os.environ.get("HEADRACE_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "headrace"
-
-
 def run_dir() -> Path:
-    return cache_dir() / "run"
+    return default_cache_dir() / "run"
 
 
 class RunFile:

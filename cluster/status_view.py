@@ -1,0 +1,91 @@
+"""`headrace status`: what a router says of the cluster, as a table."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+_TIMEOUT_S = 5.0
+_STATES = {"up": "green", "leaving": "yellow"}
+
+
+class StatusError(Exception):
+    """No status to be had."""
+
+
+def fetch_status(url: str, api_key: str | None = None) -> dict[str, Any]:
+    """GET {url}/cluster. Raises StatusError."""
+    request = urllib.request.Request(f"{url.rstrip('/')}/cluster")
+    if api_key:
+        request.add_header("Authorization", f"Bearer {api_key}")
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+            status = json.load(answer)
+    except urllib.error.HTTPError as error:
+        if error.code == 401:
+            raise StatusError(f"{url} wants an API key: pass --api-key or set HEADRACE_API_KEY") from error
+        raise StatusError(f"{url}/cluster answered {error.code} {error.reason}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise StatusError(f"no cluster answers at {url}: {reason}") from error
+    if not isinstance(status, dict):
+        raise StatusError(f"{url}/cluster is not a Headrace router")
+    return status
+
+
+def render_status(status: dict[str, Any], url: str) -> RenderableType:
+    """One line for the cluster, one row for each worker. Fields that a router does not know are left out."""
+    model = status.get("model") or {}
+    name = model.get("name", "-") if isinstance(model, dict) else str(model)
+    redis = str(status.get("redis", "-"))
+    approximate = (status.get("index") or {}).get("approximate", False)
+    head = Text.assemble(
+        (name, "bold"),
+        f"  {url}  in flight {status.get('in_flight', '-')}  queue {status.get('queue', '-')}  redis ",
+        (redis, "green" if redis == "ok" else "red"),
+        ("  index approximate", "yellow") if approximate else "",
+    )
+    workers = status.get("workers") or []
+    if not workers:
+        return Group(head, Text("no workers are registered", "yellow"))
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in ("worker", "role", "state", "device", "epoch", "address"):
+        table.add_column(title)
+    for title in ("run", "wait", "rsv", "send", "KV used", "cached", "free", "hits", "out tok"):
+        table.add_column(title, justify="right")
+    for worker in workers:
+        table.add_row(*_row(worker))
+    return Group(head, table)
+
+
+def _row(worker: dict[str, Any]) -> list[Text | str]:
+    blocks = worker.get("blocks") or {}
+    state = str(worker.get("state", "-"))
+    rate = worker.get("prefix_hit_rate")
+
+    def cell(name: str) -> str:
+        return str(worker.get(name, "-"))
+
+    return [
+        cell("worker_id"),
+        cell("role"),
+        Text(state, _STATES.get(state, "red")),
+        cell("device"),
+        cell("epoch"),
+        cell("address"),
+        cell("running"),
+        cell("waiting"),
+        cell("reserved"),
+        cell("sending"),
+        f"{blocks.get('used', '-')}/{blocks.get('total', '-')}",
+        str(blocks.get("cached", "-")),
+        str(blocks.get("free", "-")),
+        "-" if rate is None else f"{rate:.0%}",
+        cell("output_tokens"),
+    ]
