@@ -42,7 +42,9 @@ class Foreground:
     def __init__(self, config: ClusterConfig, parts: Parts | None = None) -> None:
         self._config = config
         self._console = Console(file=sys.stderr, highlight=False)
-        self._answers = Console(file=sys.stdout, highlight=False)  # what a script may want to read goes to stdout
+        self._answers = Console(
+            file=sys.stdout, highlight=False
+        )  # what a script may want to read goes to stdout
         self._cluster = Cluster(config, parts)
         self._run_file: RunFile | None = None
 

@@ -10,6 +10,7 @@ import asyncio
 import concurrent.futures
 import importlib
 import logging
+import socket
 import threading
 from typing import Any, Protocol
 
@@ -21,7 +22,8 @@ from router.config import RouterConfig
 logger = logging.getLogger(__name__)
 
 ROUTER_CLASS = "cluster.router_replica:Router"
-_STOP_TIMEOUT_S = 5.0
+_STOP_TIMEOUT_S = 8.0
+_ALIVE_TIMEOUT_S = 5.0
 
 
 class RouterSettings(BaseModel):
@@ -46,7 +48,31 @@ class RouterLike(Protocol):
 
     async def stop(self) -> None: ...
 
-    def alive(self) -> bool: ...
+
+class Router:
+    """The real one: the life of requests (dispatch) behind the HTTP and gRPC listeners."""
+
+    def __init__(self, settings: RouterSettings) -> None:
+        from router.dispatch import Dispatcher
+        from router.server import RouterServer
+        from workers.models.catalog import prepare_model
+
+        self._dispatcher = Dispatcher(
+            settings.router,
+            cluster=settings.cluster,
+            secret=settings.secret,
+            redis_url=settings.redis_url,
+            lease_s=settings.lease_s,
+        )
+        self._server = RouterServer(self._dispatcher, prepare_model(settings.model).path, settings.router)
+
+    async def start(self) -> None:
+        await self._dispatcher.start()
+        await self._server.start()
+
+    async def stop(self) -> None:
+        await self._server.stop()
+        await self._dispatcher.stop()
 
 
 class RouterReplica:
@@ -57,7 +83,8 @@ class RouterReplica:
         set_up_logging(settings.log_level, "router")
         _keep_serve_on_loopback(settings.router.http.host)
         module, _, name = router_class.partition(":")
-        self._router: RouterLike = getattr(importlib.import_module(module), name)(settings)
+        self._make_router = getattr(importlib.import_module(module), name)
+        self._settings = settings
         self._loop: asyncio.AbstractEventLoop | None = None
         self._over: asyncio.Event | None = None
         self._up: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -78,17 +105,25 @@ class RouterReplica:
 
     async def _main(self) -> None:
         self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
-        await self._router.start()
+        router: RouterLike = self._make_router(self._settings)
+        await router.start()
         self._up.set_result(None)
         try:
             await self._over.wait()
         finally:
-            await asyncio.wait_for(self._router.stop(), _STOP_TIMEOUT_S)
+            await asyncio.wait_for(router.stop(), _STOP_TIMEOUT_S)
 
     def check_health(self) -> None:
-        """Asked by Serve every second; raising makes Serve replace this replica."""
-        if not self._thread.is_alive() or not self._router.alive():
-            raise RuntimeError("the router's server is down")
+        """Asked by Serve every second; raising makes Serve replace this replica.
+
+        The loop must turn and the port must take connections (another replica's would do: they share it).
+        """
+        if self._loop is None or not self._thread.is_alive():
+            raise RuntimeError("the router's thread has ended")
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self._loop).result(_ALIVE_TIMEOUT_S)
+        http = self._settings.router.http
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(http.host, http.host)
+        socket.create_connection((host, http.port), timeout=_ALIVE_TIMEOUT_S).close()
 
     def __del__(self) -> None:
         """Serve's good-bye to a replica."""

@@ -49,7 +49,7 @@ class Routers:
                 health_check_period_s=1.0,
                 health_check_timeout_s=10.0,
                 graceful_shutdown_wait_loop_s=0.1,
-                graceful_shutdown_timeout_s=8.0,
+                graceful_shutdown_timeout_s=10.0,
                 logging_config=quiet,
             )(RouterReplica)
             application = deployment.bind(settings.model_dump_json(), self._router_class)

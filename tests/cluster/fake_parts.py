@@ -96,9 +96,6 @@ class FakeRouter:
         if self._server is not None:
             self._server.close()
 
-    def alive(self) -> bool:
-        return self._server is not None and self._server.is_serving()
-
 
 @dataclass(frozen=True)
 class FakePrepared:
