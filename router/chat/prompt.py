@@ -45,13 +45,16 @@ class Prompts:
     async def of_text(
         self, text: str, model: ModelInfo, param: str, *, add_special_tokens: bool = True
     ) -> list[int]:
-        """Raises `Refusal`, also for a text that has no tokens."""
+        """Raises `Refusal`, also for a text that is empty or has no tokens."""
+        if not text:
+            raise Refusal(f"{param} must not be empty", param)
         self._check_chars(len(text), model, param)
+        return self.of_ids(await self.encode(text, add_special_tokens), model, param)
+
+    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if len(text) <= INLINE_CHARS:
-            token_ids = self.tokenizer.encode(text, add_special_tokens)
-        else:
-            token_ids = await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
-        return self.of_ids(token_ids, model, param)
+            return self.tokenizer.encode(text, add_special_tokens)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
 
     def of_ids(self, token_ids: list[int], model: ModelInfo, param: str) -> list[int]:
         if not token_ids:

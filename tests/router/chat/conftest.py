@@ -1,15 +1,11 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1]))
-
-from tiny_model import write_byte_level_model, write_sentencepiece_model
-
 from router.chat.tokenizer import TextTokenizer
+from tests.router.tiny_model import write_byte_level_model, write_sentencepiece_model
 
 
 @pytest.fixture(scope="session")

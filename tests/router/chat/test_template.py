@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_model import CHATML
 from transformers import AutoTokenizer
 
 from router.chat.messages import Message, Part, template_messages
@@ -13,6 +12,7 @@ from router.chat.template import ChatTemplate, load_template
 from router.chat.tokenizer import TokenizerError
 from router.generation import ModelInfo
 from router.refusal import Refusal
+from tests.router.tiny_model import CHATML
 
 MODEL = ModelInfo("m", 4096, 401)
 CHAT = [

@@ -1,0 +1,59 @@
+"""What operators and probes ask: /health, /ready, /metrics, /cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import msgspec
+from prometheus_client import REGISTRY
+from starlette.responses import Response
+
+from router.generation import Unavailable
+from router.http.exposition import CONTENT_TYPE, merge
+from router.http.front import Front
+from router.sessions import restarting
+
+logger = logging.getLogger(__name__)
+
+# Less than Prometheus' own time-out of 10 s: the router's metrics come even if a worker hangs.
+WORKER_METRICS_TIMEOUT_S = 5.0
+
+
+class Operations:
+    def __init__(self, front: Front) -> None:
+        self._front = front
+
+    async def health(self) -> Response:
+        """The process is alive; nothing is said of workers."""
+        return Response(b'{"status":"alive"}', media_type="application/json")
+
+    async def ready(self) -> Response:
+        """200 when a request could be served now, else 503: what a load balancer should ask."""
+        if self._front.sessions.draining:
+            raise restarting()
+        if not self._front.dispatcher.ready():
+            raise Unavailable("no decode worker is connected", retry_after_s=1.0)
+        return Response(b'{"status":"ready"}', media_type="application/json")
+
+    async def metrics(self) -> Response:
+        metrics = self._front.metrics
+        try:
+            async with asyncio.timeout(WORKER_METRICS_TIMEOUT_S):
+                expositions = await self._front.dispatcher.worker_metrics()
+        except TimeoutError:
+            logger.warning("workers did not send their metrics within %g s", WORKER_METRICS_TIMEOUT_S)
+            metrics.scrape_error()
+            expositions = []
+        # Parsing takes a while in a large cluster: streams must not wait for it.
+        registries = [
+            metrics.registry,
+            REGISTRY,
+        ]  # REGISTRY: dispatch, and what prometheus_client says of the process
+        text = await asyncio.to_thread(merge, registries, expositions, metrics.scrape_error)
+        return Response(text, headers={"content-type": CONTENT_TYPE})
+
+    async def cluster(self) -> Response:
+        """What `headrace status` prints."""
+        status = await self._front.dispatcher.status()
+        return Response(msgspec.json.encode(status), media_type="application/json")
