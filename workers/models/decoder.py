@@ -105,7 +105,7 @@ class _Layer:
         seen = attention.attend(qk[:, : self._num_heads], self._index, self._scale, self._window)
         if rows is not None:
             x, seen = x.index_select(0, rows), seen.index_select(0, rows)
-        x = x + self._output(seen.view(x.shape[0], -1))
+        x = x + self._output(seen.flatten(1))
         return x + self._down(silu_mul(self._gate_up(rms_norm(x, self._mlp_norm, self._eps))))
 
 
