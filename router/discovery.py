@@ -70,14 +70,19 @@ class Discovery:
         self._seen_seq: dict[str, int] = {}  # worker -> seq in Redis at the last poll
         self._tail_id: bytes | None = None  # None: the tail has no place in the stream yet
         self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
 
     async def start(self) -> None:
         self._tasks = [asyncio.create_task(self._poll()), asyncio.create_task(self._tail())]
 
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._stopping = True
+        running = set(self._tasks)
+        while running:
+            # Once is not enough: on Python 3.11 redis-py's wait_for() can swallow a cancellation (bpo-42130).
+            for task in running:
+                task.cancel()
+            _, running = await asyncio.wait(running, timeout=0.1)
         for redis in (self._poll_redis, self._tail_redis):
             try:
                 await redis.aclose()
@@ -97,7 +102,7 @@ class Discovery:
     # --- the registry -----------------------------------------------------------------------------------------------
 
     async def _poll(self) -> None:
-        while True:
+        while not self._stopping:
             try:
                 registered, positions = await self._read_registry()
                 self._came_back()
@@ -187,7 +192,7 @@ class Discovery:
 
     async def _tail(self) -> None:
         log_key = redis_keys.index_stream(self._cluster)
-        while True:
+        while not self._stopping:
             try:
                 if self._tail_id is None:
                     newest = cast(list[Entry], await self._tail_redis.xrevrange(log_key, count=1))

@@ -34,7 +34,11 @@ def test_nobody_to_choose_from():
 
 def test_without_a_prefill_worker_the_decode_worker_does_it_all():
     choice = policy().choose(demand(), [decode("d")])
-    assert (choice.decode.worker_id, choice.prefill, choice.local_prefill_max) == ("d", None, PREFILL_EVERYTHING)
+    assert (choice.decode.worker_id, choice.prefill, choice.local_prefill_max) == (
+        "d",
+        None,
+        PREFILL_EVERYTHING,
+    )
     excluded = policy().choose(demand(), [decode("d"), prefill("p")], exclude={"p"})
     assert (excluded.prefill, excluded.local_prefill_max) == (None, PREFILL_EVERYTHING)
 

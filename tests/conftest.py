@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.valkey_server import EmbeddedValkey
+
+
+@pytest.fixture(scope="session")
+def _shared_valkey() -> Iterator[EmbeddedValkey]:
+    server = EmbeddedValkey()
+    server.start()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def valkey(_shared_valkey: EmbeddedValkey) -> EmbeddedValkey:
+    """Empty and running. Tests that stop or pause it take `own_valkey`."""
+    with _shared_valkey.client() as client:
+        client.flushall()
+    return _shared_valkey
+
+
+@pytest.fixture
+def own_valkey() -> Iterator[EmbeddedValkey]:
+    server = EmbeddedValkey()
+    server.start()
+    yield server
+    server.close()

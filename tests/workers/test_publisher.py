@@ -1,0 +1,283 @@
+"""The publisher against a real Valkey: what Redis holds is what the worker holds, whatever happened."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from tests.valkey_server import EmbeddedValkey
+from workers.engine.block_pool import BlockPool
+from workers.protocol import redis_keys
+from workers.protocol.messages import IndexBatch, KvLayout, WorkerInfo
+from workers.publisher import Publisher
+
+CLUSTER = "test"
+BLOCKS = redis_keys.index_blocks(CLUSTER, "w", 5)
+SEQ = redis_keys.index_seq(CLUSTER, "w", 5)
+LEASE = redis_keys.lease(CLUSTER, "w")
+WORKERS = redis_keys.workers(CLUSTER)
+LOG = redis_keys.index_stream(CLUSTER)
+
+
+def h(number: int) -> bytes:
+    return number.to_bytes(16, "little")
+
+
+def info(epoch: int = 5) -> WorkerInfo:
+    return WorkerInfo(
+        worker_id="w",
+        epoch=epoch,
+        role="decode",
+        address="127.0.0.1:1",
+        model="m",
+        layout=KvLayout(1, 1, 4, 16, "float32", "f"),
+        hash_root=b"r" * 16,
+        num_blocks=100,
+        max_model_len=100,
+        max_num_seqs=4,
+        vocab_size=10,
+        device="cpu",
+        pid=1,
+    )
+
+
+class Cache:
+    """What a worker holds; changed and published under one lock."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.held: dict[bytes, bytes] = {}
+        self.publisher: Publisher | None = None
+
+    def snapshot(self) -> list[tuple[bytes, bytes]]:
+        with self.lock:
+            return list(self.held.items())
+
+    def change(self, stored: list[int], removed: list[int] = ()) -> None:
+        with self.lock:
+            for number in removed:
+                self.held.pop(h(number), None)
+            self.held |= {h(n): h(n - 1) for n in stored}
+            self.publisher.publish([(h(n), h(n - 1)) for n in stored], [h(n) for n in removed])
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "did not come true"
+        time.sleep(0.005)
+
+
+def replay(client) -> set[bytes]:
+    """What a router makes of the log."""
+    held: set[bytes] = set()
+    last = 0
+    for _, fields in client.xrange(LOG):
+        batch = msgspec.msgpack.decode(fields[b"b"], type=IndexBatch)
+        assert batch.seq > last
+        assert batch.seq == last + 1 or batch.cleared
+        last = batch.seq
+        if batch.cleared:
+            held.clear()
+        held -= {block_hash for block_hash, _ in batch.removed}
+        held |= {block_hash for block_hash, _, _ in batch.stored}
+    assert last == int(client.get(SEQ))
+    return held
+
+
+@pytest.fixture
+def cache(valkey: EmbeddedValkey):
+    yield from running(valkey)
+
+
+@pytest.fixture
+def own_cache(own_valkey: EmbeddedValkey):
+    yield from running(own_valkey)
+
+
+def running(valkey: EmbeddedValkey):
+    cache = Cache()
+    cache.held = {h(1): h(0)}
+    cache.publisher = Publisher(info(), valkey.url, CLUSTER, 0.6, cache.snapshot)
+    cache.publisher.start()
+    until(lambda: cache.publisher.synced)
+    yield cache
+    cache.publisher.close()
+
+
+def test_registration_lease_and_first_snapshot(valkey, cache):
+    with valkey.client() as client:
+        until(lambda: client.smembers(BLOCKS) == {h(1)})
+        assert msgspec.msgpack.decode(client.hget(WORKERS, "w"), type=WorkerInfo) == info()
+        assert client.get(LEASE) == b"5"
+        for _ in range(4):
+            time.sleep(0.2)
+            assert 200 < client.pttl(LEASE) <= 600
+        assert 600 < client.pttl(BLOCKS) <= 1800
+        assert 600 < client.pttl(SEQ) <= 1800
+
+
+def test_log_and_set_agree_and_order_is_kept(valkey, cache):
+    with valkey.client() as client:
+        for n in range(2, 300):
+            cache.change([n], removed=[n - 1] if n % 3 else [])
+        cache.change([2], removed=[2])  # both in one step: it is held
+        cache.change([], removed=[299])
+        until(lambda: client.smembers(BLOCKS) == set(cache.held))
+        assert replay(client) == set(cache.held)
+        assert client.xlen(LOG) < 100  # coalesced
+
+
+def test_more_hashes_than_lua_can_unpack(valkey, cache):
+    with valkey.client() as client:
+        cache.change(list(range(1, 20_001)))
+        until(lambda: client.scard(BLOCKS) == 20_000)
+        cache.change([], removed=list(range(1, 20_000)))
+        until(lambda: client.scard(BLOCKS) == 1)
+        assert replay(client) == {h(20_000)}
+
+
+def test_too_many_changes_at_once_become_a_snapshot(valkey, cache):
+    with valkey.client() as client:
+        cache.change(list(range(1, 80_001)))
+        until(lambda: client.scard(BLOCKS) == 80_000, timeout_s=10)
+        assert len(cache.publisher._pending) == 0
+
+
+def test_close_leaves_nothing_but_the_log(valkey, cache):
+    cache.publisher.close()
+    with valkey.client() as client:
+        assert client.keys("*") == [LOG.encode()]
+    cache.publisher.close()
+
+
+def test_a_flush_is_noticed_without_any_traffic(valkey, cache):
+    with valkey.client() as client:
+        client.flushall()
+        until(lambda: client.smembers(BLOCKS) == {h(1)})
+        assert client.get(LEASE) == b"5"
+        assert replay(client) == {h(1)}
+
+
+def test_a_wrong_seq_is_refused_and_everything_published_anew(valkey, cache):
+    with valkey.client() as client:
+        until(lambda: client.get(SEQ) == b"2")
+        client.set(SEQ, 77)
+        client.sadd(BLOCKS, h(99))
+        cache.change([2])
+        until(lambda: client.smembers(BLOCKS) == {h(1), h(2)})
+        assert int(client.get(SEQ)) < 77
+
+
+def test_redis_comes_back_empty(own_valkey, own_cache):
+    own_valkey.stop()
+    for n in range(2, 5000):
+        own_cache.change([n], removed=[n - 1])
+    until(lambda: not own_cache.publisher.synced)
+    assert not own_cache.publisher._pending
+    own_valkey.start()
+    with own_valkey.client() as client:
+        until(lambda: client.smembers(BLOCKS) == {h(4999)})
+        assert replay(client) == {h(4999)}
+        assert client.get(LEASE) == b"5"
+
+
+def test_redis_is_away_at_the_start_and_at_the_end(own_valkey):
+    own_valkey.stop()
+    cache = Cache()
+    cache.publisher = Publisher(info(), own_valkey.url, CLUSTER, 0.6, cache.snapshot)
+    cache.publisher.start()
+    cache.change([1])
+    own_valkey.start()
+    with own_valkey.client() as client:
+        until(lambda: client.smembers(BLOCKS) == {h(1)})
+    own_valkey.stop()
+    cache.publisher.close()
+
+
+def test_a_pause_in_the_middle_of_a_write_does_not_reuse_its_number(own_valkey, own_cache, monkeypatch):
+    """The answer to a batch is lost, the batch is not: routers have seen its number, `cleared` must get another."""
+    publisher = own_cache.publisher
+    with own_valkey.client() as client:
+        own_cache.change([2])
+        until(lambda: client.smembers(BLOCKS) == {h(1), h(2)})
+        real = publisher._publish_script
+
+        def lose_the_answer(**kwargs):
+            publisher._publish_script = real
+            real(**kwargs)
+            raise TimeoutError("the answer is lost")
+
+        publisher._publish_script = lose_the_answer
+        own_cache.change([3], removed=[2])
+        until(lambda: publisher._publish_script is real and publisher.synced)
+        own_cache.change([4])
+        until(lambda: client.smembers(BLOCKS) == {h(1), h(3), h(4)})
+        assert replay(client) == {h(1), h(3), h(4)}
+
+
+def test_a_later_life_is_not_overwritten(valkey, cache):
+    later = Cache()
+    later.publisher = Publisher(info(epoch=6), valkey.url, CLUSTER, 0.6, later.snapshot)
+    later.publisher.start()
+    until(lambda: cache.publisher.superseded)
+    with valkey.client() as client:
+        time.sleep(0.5)
+        assert client.get(LEASE) == b"6"
+        cache.publisher.close()
+        assert client.get(LEASE) == b"6"
+        assert msgspec.msgpack.decode(client.hget(WORKERS, "w"), type=WorkerInfo).epoch == 6
+    later.publisher.close()
+
+
+def test_a_block_pool_under_load_while_redis_comes_and_goes(own_valkey):
+    """The contract of `snapshot`, with the real pool: publish what is undrained, then list, under the engine's lock."""
+    lock = threading.RLock()
+    pool = BlockPool(40)
+    publisher: Publisher
+
+    def publish() -> None:
+        events = pool.drain_events()
+        if events is not None:
+            publisher.publish(events.stored, events.removed)
+
+    def snapshot() -> list[tuple[bytes, bytes]]:
+        with lock:
+            publish()
+            return pool.cached_hashes()
+
+    publisher = Publisher(info(), own_valkey.url, CLUSTER, 0.6, snapshot)
+    publisher.start()
+    rng = random.Random(3)
+
+    def churn(seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            with lock:
+                chain = 1000 * rng.randrange(1, 12)
+                blocks = pool.allocate(rng.randrange(1, 8))
+                for depth, block in enumerate(blocks):
+                    pool.store(block, h(chain + depth), h(chain + depth - 1))
+                pool.release(blocks)
+                if rng.random() < 0.5:
+                    publish()
+            time.sleep(0.0002)
+
+    with own_valkey.client() as client:
+        for _ in range(4):
+            churn(0.2)
+            client.flushall()
+            churn(0.3)
+            with lock:
+                publish()
+            until(lambda: client.smembers(BLOCKS) == {block_hash for block_hash, _ in pool.cached_hashes()})
+            assert replay(client) == {block_hash for block_hash, _ in pool.cached_hashes()}
+            own_valkey.stop()
+            churn(0.1)
+            own_valkey.start()
+    publisher.close()
