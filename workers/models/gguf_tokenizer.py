@@ -108,7 +108,10 @@ def _byte_level(source: Path, metadata: GgufConfig) -> Tokenizer:
     vocabulary = {token: index for index, token in enumerate(tokens)}
     # Llama 3's tokens are looked up whole before any merge.
     whole_first = pre in _LLAMA3 + _TEKKEN
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=whole_first))
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=whole_first))
+    except Exception as error:
+        raise ModelError(f"{source.name}: its BPE vocabulary has no valid merges: {error}") from error
     splits = dict.fromkeys(_LLAMA3, _LLAMA3_SPLIT) | dict.fromkeys(_QWEN2, _QWEN2_SPLIT)
     splits |= dict.fromkeys(_TEKKEN, _TEKKEN_SPLIT)
     if pre in splits:

@@ -1,0 +1,91 @@
+"""SmolLM2-135M-Instruct itself, against transformers on the same converted directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kernels.reference import AttentionBatch
+from workers.models.catalog import PreparedModel
+from workers.models.decoder import Decoder, load_decoder
+
+BLOCK_SIZE = 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def prompt(smollm2: PreparedModel) -> list[int]:
+    tokenizer: Any = AutoTokenizer.from_pretrained(smollm2.path)
+    chat = [
+        {
+            "role": "user",
+            "content": "Name three rivers of Europe, and say in one sentence what a headrace is.",
+        }
+    ]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    ids: list[int] = tokenizer.encode(text)
+    return ids
+
+
+class Run:
+    """One sequence on scattered blocks."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._kv_cache = decoder.new_kv_cache(20, BLOCK_SIZE)
+        self._blocks = torch.randperm(20)
+        self._length = 0
+
+    def step(self, token_ids: list[int]) -> torch.Tensor:
+        positions = torch.arange(self._length, self._length + len(token_ids))
+        self._length += len(token_ids)
+        slots = self._blocks[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+        batch = AttentionBatch([0, len(token_ids)], [self._length], self._blocks[None], slots)
+        hidden = self._decoder.forward(torch.tensor(token_ids), positions, self._kv_cache, batch)
+        return self._decoder.logits(hidden)
+
+
+def test_float32_greedy_text_is_equal(smollm2: PreparedModel, prompt: list[int]) -> None:
+    run = Run(load_decoder(smollm2.path, torch.float32, torch.device("cpu")))
+    run.step(prompt[:30])
+    logits = run.step(prompt[30:])
+    ours: list[int] = []
+    for _ in range(40):
+        ours.append(int(logits[-1].argmax()))
+        logits = run.step(ours[-1:])
+    theirs = AutoModelForCausalLM.from_pretrained(smollm2.path, dtype=torch.float32).eval()
+    ids = torch.tensor([prompt])
+    expected = theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, eos_token_id=-1
+    )
+    assert ours == expected[0, len(prompt) :].tolist()
+
+
+def test_bfloat16_is_as_close_as_transformers(smollm2: PreparedModel, prompt: list[int]) -> None:
+    """Of the float32 logits, in mean KL divergence: the error of bfloat16, not of our arithmetic."""
+
+    def theirs(dtype: torch.dtype) -> torch.Tensor:
+        model = AutoModelForCausalLM.from_pretrained(smollm2.path, dtype=dtype).eval()
+        with torch.inference_mode():
+            log_probs: torch.Tensor = model(torch.tensor([prompt])).logits[0].float().log_softmax(-1)
+        return log_probs
+
+    exact, rounded = theirs(torch.float32), theirs(torch.bfloat16)
+    run = Run(load_decoder(smollm2.path, torch.bfloat16, torch.device("cpu")))
+    ours = torch.cat([run.step(prompt[:20]), *(run.step([token]) for token in prompt[20:])]).log_softmax(-1)
+
+    def divergence(other: torch.Tensor) -> float:
+        return (exact.exp() * (exact - other)).sum(-1).mean().item()
+
+    assert divergence(ours) < 2 * divergence(rounded) + 1e-3
