@@ -286,7 +286,7 @@ class Serving:
                     continue
                 if worked:
                     self._metrics.step(time.monotonic() - began)
-                self._publish_cache()
+                self.publish_cache()
                 if not worked:
                     self._wake.wait(_IDLE_S)
         except BaseException as error:
@@ -304,7 +304,8 @@ class Serving:
                 self._engine.scheduler.cancel(request.request_id)
                 self._fail(request.request_id, "internal", reason)
 
-    def _publish_cache(self) -> None:
+    def publish_cache(self) -> None:
+        """Tell the index what the prefix cache has gained and lost since the last call."""
         with self._engine.lock:
             events = self._engine.pool.drain_events()
             if events is not None:

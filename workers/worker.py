@@ -92,6 +92,8 @@ class Worker:
         while not self._stopped.wait(0.2):
             if self.serving.failure is not None:
                 raise RuntimeError("the engine died") from self.serving.failure
+            if self._publisher is not None and self._publisher.superseded:
+                raise RuntimeError(f"a later life of {self.config.worker_id} has taken its place")
 
     def stop(self) -> None:
         """Every connection is closed, every thread ended, the registration taken back."""
@@ -141,9 +143,9 @@ class Worker:
             self._publisher.publish(stored, removed)
 
     def _snapshot(self) -> list[tuple[bytes, bytes]]:
-        """What the cache holds now. Changes before it are part of it, later ones are published after it."""
+        """What the cache holds now. What has changed before is published first: see Publisher."""
         with self.engine.lock:
-            self.engine.pool.drain_events()
+            self.serving.publish_cache()
             return self.engine.pool.cached_hashes()
 
 
