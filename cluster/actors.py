@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
-import threading
+import time
 from typing import Any, Protocol
 
 import msgspec
@@ -12,6 +13,8 @@ import msgspec
 from cluster.logs import set_up_logging
 from workers.config import WorkerConfig
 from workers.protocol.messages import WorkerInfo
+
+logger = logging.getLogger(__name__)
 
 WORKER_CLASS = "workers.worker:Worker"
 
@@ -41,7 +44,6 @@ class WorkerActor:
         self._log_level = log_level
         self._worker_class = worker_class
         self._worker: WorkerLike | None = None
-        self._over = threading.Event()
         set_up_logging(log_level, "spare")
 
     def warm(self) -> int:
@@ -58,8 +60,14 @@ class WorkerActor:
         set_up_logging(self._log_level, config.worker_id)
         if gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        self._worker = self._load_class()(_on_this_node(config))
+        began = time.monotonic()
+        worker_class = self._load_class()
+        loaded = time.monotonic()
+        self._worker = worker_class(_on_this_node(config))
         info: dict[str, Any] = msgspec.to_builtins(self._worker.start(), builtin_types=(bytes,))
+        logger.debug(
+            "libraries loaded in %.1f s, worker started in %.1f s", loaded - began, time.monotonic() - loaded
+        )
         return info | {"gpus": gpus or _gpu_ids()}
 
     def run(self) -> None:

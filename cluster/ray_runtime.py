@@ -101,6 +101,7 @@ class RayRuntime:
         }
         if self.local:
             options |= {
+                "address": "local",
                 "num_cpus": max(1, int(num_cpus + 0.999)),
                 "num_gpus": int(num_gpus),
                 "include_dashboard": False,
