@@ -14,6 +14,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from workers.config import EngineConfig, WorkerConfig
+from workers.engine.engine import Engine
+from workers.models.catalog import prepare_model
 from workers.models.random_model import write_random_model
 from workers.protocol.frames import (
     ProtocolError,
@@ -95,6 +97,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_model(tmp_path_factory.mktemp("m"), {"max_position_embeddings": 512}, seed=3)
 
 
+@pytest.fixture(scope="module")
+def alone(model: Path) -> Engine:
+    """The same model in one process: what any placement must answer."""
+    return Engine(EngineConfig(dtype="float32", num_blocks=64, num_threads=1), prepare_model(str(model)))
+
+
 Start = Callable[..., Worker]
 
 
@@ -157,14 +165,14 @@ def at_rest(worker: Worker) -> bool:
     )
 
 
-def test_a_request_is_served_and_leaves_nothing(start: Start) -> None:
+def test_a_request_is_served_and_leaves_nothing(start: Start, alone: Engine) -> None:
     worker = start()
     client = Client(worker.info.address)
     w = work()
     client.send(local(w))
     assert client.next(Accepted).request_id == w.request_id
     tokens = client.tokens(w.request_id)
-    assert tokens == worker.engine.generate([w.prompt], w.sampling)[0].tokens
+    assert tokens == alone.generate([w.prompt], w.sampling)[0].tokens
     until(lambda: at_rest(worker))
 
 
@@ -203,7 +211,7 @@ def test_what_can_never_run_is_refused_with_the_reason(start: Start, bad: Work, 
     assert says in failed.message
 
 
-def test_prefill_and_decode_between_two_workers(start: Start) -> None:
+def test_prefill_and_decode_between_two_workers(start: Start, alone: Engine) -> None:
     d, p = start("decode"), start("prefill")
     to_d, to_p = Client(d.info.address), Client(p.info.address)
     w = work(list(range(3, 100)))
@@ -214,7 +222,7 @@ def test_prefill_and_decode_between_two_workers(start: Start) -> None:
     done = to_p.next(PrefillDone)
     assert done.transfer_bytes == 7 * d.info.layout.block_bytes
     assert done.channel == "shm"
-    assert to_d.tokens(w.request_id) == p.engine.generate([w.prompt], w.sampling)[0].tokens
+    assert to_d.tokens(w.request_id) == alone.generate([w.prompt], w.sampling)[0].tokens
     again = msgspec.structs.replace(w, request_id="again")
     to_d.send(remote(again))
     assert to_d.next(Ticketed).ticket.first_block == 6, "the decode worker has the full blocks"
