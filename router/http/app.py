@@ -28,8 +28,9 @@ def create_app(front: Front) -> FastAPI:
     app.add_api_route("/v1/models/{model_id:path}", models.get, methods=["GET"])
     app.add_api_route("/tokenize", tokenize.tokenize, methods=["POST"])
     app.add_api_route("/detokenize", tokenize.detokenize, methods=["POST"])
-    app.add_api_route("/health", operations.health, methods=["GET", "HEAD"])
-    app.add_api_route("/ready", operations.ready, methods=["GET", "HEAD"])
+    for path, probe in (("/health", operations.health), ("/ready", operations.ready)):
+        app.add_api_route(path, probe, methods=["GET"])
+        app.add_api_route(path, probe, methods=["HEAD"], include_in_schema=False)
     app.add_api_route("/metrics", operations.metrics, methods=["GET"])
     app.add_api_route("/cluster", operations.cluster, methods=["GET"])
 

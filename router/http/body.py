@@ -18,7 +18,7 @@ BODY_TIMEOUT_S = 30.0
 T = TypeVar("T", bound=msgspec.Struct)
 
 _UNKNOWN_FIELD = re.compile(
-    r"^Object contains unknown field `(?P<field>.*)`(?: - at `(?P<path>.*)`)?$", re.DOTALL
+    r"^Object contains unknown field `(?P<field>.*?)`(?: - at `(?P<path>.*)`)?$", re.DOTALL
 )
 _WRONG_VALUE = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>.*)`)?$", re.DOTALL)
 

@@ -17,16 +17,16 @@ def merge(
     registries: list[CollectorRegistry], expositions: list[bytes], unreadable: Callable[[], None]
 ) -> bytes:
     """`unreadable` is called for each exposition that cannot be parsed; the others are shown all the same."""
-    families: dict[str, Metric] = {}
-    for registry in registries:
-        _add(families, registry.collect())
+    parsed: list[Metric] = []
     for exposition in expositions:
         try:
-            parsed = list(text_string_to_metric_families(exposition.decode()))
+            parsed += list(text_string_to_metric_families(exposition.decode()))
         except ValueError:  # not UTF-8, or not in Prometheus' format
             unreadable()
-            continue
-        _add(families, parsed)
+    families: dict[str, Metric] = {}
+    for registry in registries:  # after `unreadable`, which counts in one of them
+        _add(families, registry.collect())
+    _add(families, parsed)
     return generate_latest(_Merged(families.values()))
 
 

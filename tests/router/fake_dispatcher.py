@@ -83,6 +83,13 @@ class FakeDispatcher:
         others = [((token + rank) % self.info.vocab_size, -0.25 - rank) for rank in range(count)]
         return [TokenLogprobs(-0.25 - index / 1000, others)]
 
+    async def until_asked(self, count: int) -> None:
+        for _ in range(500):
+            if len(self.asked) >= count:
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError(f"{len(self.asked)} generations were asked, not {count}")
+
     async def until_idle(self) -> None:
         """A moment later, everything that was asked must be closed."""
         for _ in range(200):

@@ -6,10 +6,16 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
 
+from router.chat.prompt import load_prompts
 from router.chat.tokenizer import TextTokenizer
 from router.config import GrpcConfig, HttpConfig, RouterConfig
+from router.http.app import create_app
+from router.http.front import Front
+from router.metrics import RouterMetrics
 from router.server import RouterServer
+from router.sessions import Sessions
 from tests.router.fake_dispatcher import ANSWER, FakeDispatcher
 from tests.router.tiny_model import write_byte_level_model
 
@@ -34,6 +40,16 @@ def dispatcher(tokenizer: TextTokenizer) -> FakeDispatcher:
 @pytest.fixture
 def config() -> RouterConfig:
     return RouterConfig(http=HttpConfig(port=0, max_body=256 * 1024), grpc=GrpcConfig(enabled=False))
+
+
+@pytest.fixture
+def front(dispatcher: FakeDispatcher, model_path: Path, config: RouterConfig) -> Front:
+    return Front(dispatcher, load_prompts(model_path), RouterMetrics(), Sessions(), config.http)
+
+
+@pytest.fixture
+def app(front: Front) -> FastAPI:
+    return create_app(front)
 
 
 @pytest.fixture

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from router.chat.tokenizer import TextTokenizer
+from router.config import GrpcConfig, HttpConfig, RouterConfig
+from router.grpc import headrace_pb2_grpc
+from router.server import RouterServer
+from tests.router.fake_dispatcher import ANSWER, FakeDispatcher
+from tests.router.tiny_model import write_byte_level_model
+
+
+@pytest.fixture(scope="session")
+def grpc_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_byte_level_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(grpc_model_path: Path) -> TextTokenizer:
+    return TextTokenizer(grpc_model_path)
+
+
+@pytest.fixture
+def dispatcher(tokenizer: TextTokenizer) -> FakeDispatcher:
+    eos = tokenizer.token_id("eos_token")
+    assert eos is not None
+    return FakeDispatcher(tokenizer.vocab_size, tokenizer.encode(ANSWER, False), eos)
+
+
+@pytest.fixture
+def api_keys() -> list[str]:
+    return []
+
+
+@pytest.fixture
+async def server(
+    dispatcher: FakeDispatcher, grpc_model_path: Path, api_keys: list[str]
+) -> AsyncIterator[RouterServer]:
+    config = RouterConfig(
+        http=HttpConfig(port=0, max_body=64 * 1024, api_keys=api_keys), grpc=GrpcConfig(port=0)
+    )
+    server = RouterServer(dispatcher, grpc_model_path, config)
+    await server.start()
+    yield server
+    await server.stop(drain_s=0.0)
+
+
+@pytest.fixture
+async def channel(server: RouterServer) -> AsyncIterator[grpc.aio.Channel]:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        yield channel
+
+
+@pytest.fixture
+def stub(channel: grpc.aio.Channel) -> headrace_pb2_grpc.InferenceStub:
+    return headrace_pb2_grpc.InferenceStub(channel)
