@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -19,16 +21,10 @@ class Runner:
         self.device = model.device
         self.layout = layout
         self._sampler = sampler
-        # Zeros, not garbage: padding is read and masked, and 0 * NaN would still be NaN.
-        self.kv_cache = torch.zeros(
-            num_blocks,
-            layout.num_layers,
-            2,
-            layout.num_kv_heads,
-            layout.block_size,
-            layout.head_dim,
-            dtype=model.dtype,
-            device=self.device,
+        self.kv_cache = _zeros(
+            (num_blocks, layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim),
+            model.dtype,
+            self.device,
         )
 
     @torch.inference_mode()
@@ -40,7 +36,7 @@ class Runner:
             block_tables=self._tensor(_padded(step.block_tables)),
             slots=self._tensor(step.slots),
         )
-        rows = self._tensor(step.sample_rows or [0])  # a chunk that samples nothing still needs a row to end with
+        rows = self._tensor(step.sample_rows or [0])  # a chunk that samples nothing still ends in one row
         hidden = self.model.forward(
             self._tensor(step.token_ids), self._tensor(step.positions), self.kv_cache, batch, rows
         )
@@ -51,11 +47,17 @@ class Runner:
     def _tensor(self, values: list[int] | np.ndarray) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.int64).to(self.device)
 
-    def block_bytes(self) -> np.ndarray:
-        """The cache of a CPU runner as uint8 [num_blocks, block_bytes]: each row is a block as it goes on the wire."""
-        if self.device.type != "cpu":
-            raise RuntimeError("only a CPU cache can be seen as bytes")
-        return self.kv_cache.view(torch.uint8).view(self.kv_cache.shape[0], -1).numpy()
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The KV cache: zeros, not garbage, because padding is read and masked, and 0 * NaN would still be NaN.
+
+    On a CPU the pages come from the kernel as zeros and cost no memory before a block is used: torch.zeros would
+    write all of them at once.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(pages).view(dtype).view(shape)
 
 
 def _padded(tables: list[list[int]]) -> np.ndarray:
