@@ -38,7 +38,10 @@ class AttentionBatch:
 
 
 class Scratch:
-    """One growing buffer for gathered keys and values: fresh pages for each layer cost more than the copy."""
+    """One growing buffer for gathered keys and values: fresh pages for each layer cost more than the copy.
+
+    It holds what one layer of one decode group or chunk reads: about 1 / num_layers of the cache in use, and padding.
+    """
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None

@@ -110,7 +110,7 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
                 raise ValueError(f"{name} has {last - first} bytes, which is not its shape")
         if 8 + length + end != size:
             raise ValueError(f"it should have {8 + length + end} bytes and has {size}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
         raise ModelError(f"{file} is not a whole safetensors file: {error}; fetch it again") from error
     return header, 8 + length
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from workers.models.checkpoint import INDEX_NAME
 from workers.models.errors import ModelError
 from workers.models.gguf_config import GgufConfig
+from workers.models.gguf_header import check_metadata
 from workers.models.gguf_tokenizer import write_tokenizer
 from workers.models.spec import DecoderSpec
 
@@ -65,10 +66,9 @@ def import_gguf(source: Path, target: Path, say: Say) -> None:
 def _open(source: Path) -> GGUFReader:
     from gguf import GGUFReader
 
+    check_metadata(source)
     try:
         return GGUFReader(source)
-    except FileNotFoundError:
-        raise ModelError(f"{source} does not exist") from None
     except (ValueError, KeyError, IndexError, OverflowError, OSError) as error:
         raise ModelError(f"{source} is not a whole GGUF file ({error}); fetch it again") from error
 

@@ -171,6 +171,19 @@ def test_one_byte_short(tmp_path: Path) -> None:
         prepare(tmp_path / "cut.gguf")
 
 
+def test_length_that_leads_out_of_the_file(tmp_path: Path) -> None:
+    """The gguf package's own reader would fill the memory with this one."""
+    file = write_gguf(small(tmp_path / "hf"), tmp_path / "m.gguf")
+    data = bytearray(file.read_bytes())
+    key = b"tokenizer.ggml.token_type"
+    length_at = data.index(key) + len(key) + 4 + 4  # after the types of the value and of its items
+    assert int.from_bytes(data[length_at : length_at + 8], "little") == 260
+    data[length_at + 6] = 1
+    file.write_bytes(data)
+    with pytest.raises(ModelError, match="beyond its end"):
+        prepare(file)
+
+
 @pytest.mark.parametrize(
     ("metadata", "named"),
     [

@@ -50,6 +50,28 @@ def test_merges_that_lead_nowhere(tmp_path: Path) -> None:
         tokenizer(tmp_path, ggml__merges=["a c"])
 
 
+@pytest.mark.parametrize(("add_bos", "first"), [(None, "<s>"), (True, "<s>"), (False, "▁h")])
+def test_sentencepiece(tmp_path: Path, add_bos: bool | None, first: str) -> None:
+    pieces = ["▁", "h", "e", "l", "o", "w", "r", "d", "▁h", "el", "lo", "▁w", "or", "ld", "▁wor", "▁world"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    source = write_random_model(tmp_path / "hf", {"vocab_size": len(tokens)})
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces),
+        "tokenizer.ggml.scores": [0.0] * 259 + [-float(rank) for rank in range(len(pieces))],
+        "tokenizer.ggml.merges": None,
+        "tokenizer.ggml.add_bos_token": add_bos,
+    }
+    path = prepare_model(str(write_gguf(source, tmp_path / "m.gguf", metadata=metadata)), tmp_path).path
+    made = Tokenizer.from_file(str(path / "tokenizer.json"))
+    encoded = made.encode("hello world é</s>")
+    assert encoded.tokens[0] == first
+    assert encoded.tokens[-5:] == ["▁world", "▁", "<0xC3>", "<0xA9>", "</s>"]
+    assert made.decode(encoded.ids, skip_special_tokens=True) == "hello world é"
+
+
 @pytest.fixture(scope="module")
 def smollm2_tokenizer(smollm2: PreparedModel) -> Any:
     return AutoTokenizer.from_pretrained(smollm2.path)

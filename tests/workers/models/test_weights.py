@@ -131,7 +131,7 @@ def test_no_weights_at_all(model: Path) -> None:
         load(model)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "longer", "empty", "text", "huge_header"])
+@pytest.mark.parametrize("damage", ["truncated", "longer", "empty", "text", "huge_header", "no_offsets"])
 def test_damaged_files_are_refused(model: Path, damage: str) -> None:
     file = model / "model.safetensors"
     data = file.read_bytes()
@@ -141,10 +141,19 @@ def test_damaged_files_are_refused(model: Path, damage: str) -> None:
         "empty": b"",
         "text": b"this is not a safetensors file at all",
         "huge_header": b"\xff" * 8 + data[8:],
+        "no_offsets": _without_offsets(data),
     }
     file.write_bytes(damaged[damage])
     with pytest.raises(ModelError, match="not a whole safetensors file"):
         read_headers(model)
+
+
+def _without_offsets(data: bytes) -> bytes:
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["model.norm.weight"]["data_offsets"] = []
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def test_missing_shard(model: Path) -> None:
