@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ByteSize, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ByteSize, Field, ValidationError, model_validator
 
 from cluster.config_errors import ConfigError, explain
 from cluster.config_source import Source, merge_overrides, read_source
@@ -216,6 +216,21 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
     source = read_source(path) if path is not None else Source({}, {})
     source = merge_overrides(source, overrides or {})
     try:
-        return ClusterConfig.model_validate(source.data)
+        return ClusterConfig.model_validate(_without_empty_sections(source.data, ClusterConfig))
     except ValidationError as error:
         raise ConfigError(explain(error, ClusterConfig, source.where)) from None
+
+
+def _without_empty_sections(data: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """`router:` with nothing below it is null in YAML, and means the defaults."""
+    kept: dict[str, Any] = {}
+    for name, value in data.items():
+        field = model.model_fields.get(name)
+        section = field.annotation if field is not None else None
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            if value is None:
+                continue
+            if isinstance(value, dict):
+                value = _without_empty_sections(value, section)
+        kept[name] = value
+    return kept

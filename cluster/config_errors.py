@@ -52,7 +52,7 @@ def _line(name: str, mistake: Any, names: list[str]) -> str:
         return f"{name}: {came!r:.60} is not allowed: {mistake['ctx']['error']}"
     if kind.startswith("byte_size"):
         return f"{name}: {came!r:.60} is not allowed: must be a number of bytes, e.g. 512MiB or 2GiB"
-    allowed = mistake["msg"].removeprefix("Input should ").removeprefix("have ")
+    allowed = mistake["msg"].partition(" should ")[2] or mistake["msg"]  # "String should have at least ..."
     return f"{name}: {came!r:.60} is not allowed: must {allowed}"
 
 

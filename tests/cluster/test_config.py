@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from cluster.config import ClusterConfig, ConfigError, load_config
+from cluster.config_errors import setting_names
+from cluster.config_source import parse_setting
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def mistakes(path: Path | None = None, **overrides: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, {name.replace("__", "."): value for name, value in overrides.items()})
+    assert "pydantic" not in str(caught.value)
+    return caught.value.mistakes
+
+
+def test_defaults_are_a_whole_configuration() -> None:
+    config = load_config()
+    assert (config.pools.prefill.replicas, config.pools.decode.replicas) == (1, 1)
+    assert config.redis.url is None
+    assert config.ray.address is None
+    assert config.pool_engine("decode") == config.engine
+
+
+def test_a_file_needs_only_what_differs(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "router:\n  http: {port: 8080}\nengine:\n  kv_cache_memory: 2GiB\n"))
+    assert config.router.http.port == 8080
+    assert config.router.http.host == "127.0.0.1"
+    assert config.engine.kv_cache_memory == 2 * 1024**3
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "router:\n"])
+def test_empty_files_and_sections_are_defaults(tmp_path: Path, text: str) -> None:
+    assert load_config(write(tmp_path, text)) == ClusterConfig()
+
+
+def test_overrides_stand_above_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "pools: {decode: {replicas: 3}, prefill: {replicas: 2}}\n")
+    config = load_config(path, {"pools.decode.replicas": 5, "model.name": "x"})
+    assert (config.pools.prefill.replicas, config.pools.decode.replicas, config.model.name) == (2, 5, "x")
+
+
+def test_a_pool_overrides_only_what_it_names() -> None:
+    config = load_config(
+        None, {"engine.max_num_seqs": 8, "engine.dtype": "float32", "pools.decode.engine.max_num_seqs": 128}
+    )
+    assert config.pool_engine("prefill").max_num_seqs == 8
+    assert config.pool_engine("decode").max_num_seqs == 128
+    assert config.pool_engine("decode").dtype == "float32"
+
+
+def test_a_pool_can_take_a_value_back_to_null() -> None:
+    config = load_config(None, {"engine.num_blocks": 64, "pools.decode.engine.num_blocks": None})
+    assert config.pool_engine("prefill").num_blocks == 64
+    assert config.pool_engine("decode").num_blocks is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "router:\n  http:\n    prt: 1\n",
+            ":3: router.http.prt: no such setting; did you mean router.http.port?",
+        ),
+        ("routr: {http: {port: 1}}\n", ":1: routr: no such setting; did you mean router?"),
+        ("router:\n  port: 1\n", ":2: router.port: no such setting; did you mean router.http.port?"),
+        ("max_num_seqs: 1\n", ":1: max_num_seqs: no such setting; did you mean engine.max_num_seqs?"),
+        ("model: {name: x}\nzzzz: 1\n", ":2: zzzz: no such setting"),
+        (
+            "pools:\n  decode:\n    engine: {max_seqs: 1}\n",
+            ":3: pools.decode.engine.max_seqs: no such setting; did you mean pools.decode.engine.max_num_seqs?",
+        ),
+    ],
+)
+def test_unknown_settings_are_named_with_the_nearest(tmp_path: Path, text: str, expected: str) -> None:
+    path = write(tmp_path, text)
+    assert mistakes(path) == [f"{path}{expected}"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "expected"),
+    [
+        (
+            "router.http.port",
+            70000,
+            "router.http.port: 70000 is not allowed: must be less than or equal to 65535",
+        ),
+        ("engine.device", "gpu", "engine.device: 'gpu' is not allowed: must be 'auto', 'cpu' or 'cuda'"),
+        (
+            "pools.decode.replicas",
+            0,
+            "pools.decode.replicas: 0 is not allowed: must be greater than or equal to 1",
+        ),
+        (
+            "pools.prefill.replicas",
+            -1,
+            "pools.prefill.replicas: -1 is not allowed: must be greater than or equal",
+        ),
+        ("engine.kv_cache_memory", "4XB", "must be a number of bytes, e.g. 512MiB or 2GiB"),
+        ("pools", 5, "pools: is a section, it takes settings below it, not 5"),
+        ("cluster", "A b", "cluster: 'A b' is not allowed: must be 1 to 40 lower-case letters"),
+        ("ray.address", "ray://head:10001", "must be null, `auto` or host:port"),
+        ("redis.url", "http://x", "must begin with redis://, rediss:// or unix://"),
+        ("security.cluster_secret", "short", "must have at least 16 characters"),
+    ],
+)
+def test_wrong_values_are_told_with_what_is_allowed(setting: str, value: Any, expected: str) -> None:
+    (line,) = mistakes(**{setting.replace(".", "__"): value})
+    assert line.startswith("command line: ")
+    assert expected in line
+
+
+def test_every_mistake_is_listed(tmp_path: Path) -> None:
+    path = write(tmp_path, "routr: 1\nengine: {block_size: 0}\nworker: {heartbeat_s: -1}\n")
+    assert [line.split(": ")[1] for line in sorted(mistakes(path))] == [
+        "routr",
+        "engine.block_size",
+        "worker.heartbeat_s",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"router.grpc.port": 8000}, "router.http.port and router.grpc.port are both 8000"),
+        (
+            {"pools.prefill.engine.block_size": 32},
+            "engine.block_size is 32 in pools.prefill and 16 in pools.decode",
+        ),
+        (
+            {"router.timeout_s": 0.6},
+            "router.timeout_s is 0.6: it must be at least twice worker.heartbeat_s (0.5)",
+        ),
+        ({"supervisor.backoff_max_s": 0.1}, "supervisor.backoff_max_s must be at least"),
+    ],
+)
+def test_settings_that_do_not_fit_together(overrides: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected.replace("(", r"\(").replace(")", r"\)")):
+        load_config(None, overrides)
+
+
+def test_without_prefill_workers_their_settings_do_not_matter() -> None:
+    load_config(None, {"pools.prefill.replicas": 0, "pools.prefill.engine.block_size": 32})
+    assert load_config(None, {"router.grpc.port": 0, "router.http.port": 0}).router.http.port == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("router: [1\n", "not valid YAML"),
+        ("- 1\n", "expected settings such as"),
+        ("engine: {}\nengine: {}\n", ":2: engine: written twice"),
+        ("router:\n  http:\n    port: 1\n    port: 2\n", ":4: router.http.port: written twice"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path: Path, text: str, expected: str) -> None:
+    path = write(tmp_path, text)
+    (line,) = mistakes(path)
+    assert line.startswith(str(path))
+    assert expected in line
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    assert mistakes(tmp_path / "no.yaml") == [
+        f"{tmp_path / 'no.yaml'}: can't read the configuration: No such file or directory"
+    ]
+
+
+def test_an_override_below_a_value(tmp_path: Path) -> None:
+    path = write(tmp_path, "router: 5\n")
+    assert mistakes(path, router__http__port=1) == ["router.http.port: router is the value 5, not a section"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.b=1", ("a.b", 1)),
+        ("a=x=y", ("a", "x=y")),
+        ("a=[1, 2]", ("a", [1, 2])),
+        ("a=", ("a", None)),
+        ("a=null", ("a", None)),
+        ("a=true", ("a", True)),
+    ],
+)
+def test_settings_of_the_command_line_are_yaml(text: str, expected: tuple[str, Any]) -> None:
+    assert parse_setting(text) == expected
+
+
+@pytest.mark.parametrize("text", ["a", "=1", "a=[1"])
+def test_settings_that_can_not_be_read(text: str) -> None:
+    with pytest.raises(ConfigError, match="--set"):
+        parse_setting(text)
+
+
+def test_secrets_are_not_shown() -> None:
+    config = load_config(None, {"security.cluster_secret": "x" * 32, "redis.url": "redis://:pass@h:1"})
+    assert "x" * 32 not in repr(config)
+    assert "pass" not in repr(config)
+
+
+def test_every_setting_says_what_it_is() -> None:
+    """A leaf without a description would be a bare line in the example file."""
+    bare = []
+    for path in setting_names(ClusterConfig):
+        model: type[BaseModel] = ClusterConfig
+        for part in path[:-1]:
+            annotation = model.model_fields[part].annotation
+            assert isinstance(annotation, type)
+            model = annotation
+        field = model.model_fields[path[-1]]
+        leaf = not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel))
+        if leaf and not field.description and field.annotation is not bool:
+            bare.append(".".join(path))
+    assert bare == []
