@@ -221,7 +221,6 @@ class Publisher:
 
     def _publish_everything(self) -> None:
         with self._changed:
-            self._pending = {}
             self._synced = True  # from here on changes are kept, and replayed on top of the snapshot
         held = list(self._snapshot())
         if not self._send([], [], cleared=True):

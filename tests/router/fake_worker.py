@@ -116,6 +116,7 @@ class FakeWorker:
         self.hook, self.on_cache, self.on_death = hook, on_cache, on_death
         self.alive = False
         self.stalled = False
+        self.tells_of_room = True  # a heartbeat when blocks are freed after a `busy`
         self.held: dict[str, Held] = {}
         self.prefills: dict[str, asyncio.Task[None]] = {}
         self.cache: OrderedDict[bytes, bytes] = OrderedDict()  # hash -> parent
@@ -308,7 +309,7 @@ class FakeWorker:
     def _drop(self, request_id: str) -> None:
         if self.held.pop(request_id, None) is not None:
             for connection in self._connections:
-                if connection.told_busy:
+                if connection.told_busy and self.tells_of_room:
                     connection.told_busy = False
                     self._send(connection, Heartbeat(self.load()))
 

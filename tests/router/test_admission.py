@@ -86,6 +86,27 @@ async def test_nobody_overtakes_and_a_large_request_is_not_starved():
     await asyncio.gather(*tasks)
 
 
+async def test_who_comes_while_a_woken_request_tries_waits_behind_it():
+    line = admission()
+    first = line.enter(priority=0, need_blocks=1)
+    await first.mine()
+    waiting = asyncio.create_task(first.no_room())
+    await settle()
+    line.room(1)
+    await waiting  # it is on its way to a worker now
+    second = line.enter(priority=0, need_blocks=1)
+    behind = asyncio.create_task(second.mine())
+    urgent = line.enter(priority=-1, need_blocks=1)
+    await asyncio.wait_for(urgent.mine(), 0.1)
+    await settle()
+    assert not behind.done()
+    first.leave(placed=True)
+    urgent.leave(placed=True)
+    await asyncio.wait_for(behind, 0.1)
+    second.leave()
+    assert line.waiting == 0
+
+
 async def test_room_for_many_wakes_many():
     cluster = Cluster(admission(), 0)
     tasks = await cluster.start(*(str(n) for n in range(50)))

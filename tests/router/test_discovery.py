@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
+
 from tests.router.fake_cluster import LEASE_S, FakeCluster, generation, until
 from workers.protocol import redis_keys
 
@@ -59,6 +61,22 @@ async def test_a_worker_without_lease_goes_and_a_new_life_replaces_the_old(valke
         await run(cluster, range(4))
         await until(lambda: index_is_exact(cluster))
         await cluster.at_rest()
+
+
+async def test_an_old_life_does_not_come_back(valkey):
+    async with FakeCluster(valkey.url) as cluster:
+        await cluster.start()
+        await asyncio.sleep(0.1)
+        fleet = cluster.dispatcher.fleet
+        infos = {m.info.worker_id: m.info for m in fleet.members()}
+        link = fleet.link("d0")
+        fleet.sync(infos | {"d0": msgspec.structs.replace(infos["d0"], epoch=0)})
+        assert fleet.link("d0") is link
+        cluster["d0"].die()
+        await until(lambda: link.state == "down")
+        fleet.sync({})
+        fleet.sync({"d0": msgspec.structs.replace(infos["d0"], epoch=0)})
+        assert "d0" not in {m.info.worker_id for m in fleet.members()}
 
 
 async def test_a_clean_leave_lets_running_requests_end(valkey):
@@ -141,11 +159,12 @@ async def test_lost_log_entries_are_noticed(valkey):
         log = redis_keys.index_stream("test")
         discovery = cluster.dispatcher.discovery
         # In the middle: the next batch shows the gap.
-        discovery._apply, real = drop(1, discovery._apply), discovery._apply
+        real = discovery._apply
+        discovery._apply = drop(discovery, 1)
         await run(cluster, range(2, 5))
         await until(lambda: index_is_exact(cluster))
         # At the end: nothing follows, only the seq in Redis tells.
-        discovery._apply = drop(1000, real)
+        discovery._apply = drop(discovery, 1000)
         await run(cluster, range(5, 7))
         await until(lambda: index_is_exact(cluster))
         discovery._apply = real
@@ -156,12 +175,14 @@ async def test_lost_log_entries_are_noticed(valkey):
         await until(lambda: index_is_exact(cluster))
 
 
-def drop(count: int, real):
-    left = [count]
+def drop(discovery, count: int):
+    """At least `count` entries of the log are never seen."""
+    left, real = [count], discovery._apply
 
     async def apply(entries):
         if left[0] > 0:
             left[0] -= len(entries)
+            discovery._tail_id = entries[-1][0]
         else:
             await real(entries)
 

@@ -107,6 +107,16 @@ async def test_busy_workers_make_the_request_wait_and_room_wakes_it(valkey):
         assert cluster.metric("headrace_dispatch_placements_total", outcome="finished") == 6
 
 
+async def test_load_that_this_replica_released_is_room(valkey):
+    async with FakeCluster(valkey.url, timeout_s=10) as cluster:
+        await cluster.start(num_blocks=15, heartbeat_s=5)
+        cluster["d0"].tells_of_room = False
+        started = asyncio.get_running_loop().time()
+        await asyncio.gather(*(cluster.check(generation(n, max_tokens=5)) for n in range(4)))
+        assert asyncio.get_running_loop().time() - started < 3  # no heartbeat was needed
+        await cluster.at_rest()
+
+
 async def test_a_full_queue_is_429_and_a_long_wait_503(valkey):
     admission = AdmissionConfig(max_queue=1, queue_timeout_s=0.3)
     async with FakeCluster(valkey.url, admission=admission) as cluster:
@@ -146,6 +156,9 @@ async def test_d_dies_and_the_stream_goes_on_elsewhere(valkey, stage, after, ord
         await cluster.start(decodes=2, prefills=1, hook=once(stage, order, after))
         await cluster.check(generation())
         assert cluster.metric("headrace_dispatch_placements_total", outcome="link_lost") == 1
+        last = max((w.reserves[-1] for w in cluster.workers if w.reserves), key=lambda r: r.work.request_id)
+        sent = after if stage == "token" else 0
+        assert len(last.work.output) == sent  # it went on, it did not start again
         await cluster.at_rest()
 
 
@@ -277,6 +290,16 @@ async def test_the_client_leaves_at_any_stage_and_nothing_stays(valkey, stage, h
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
+        await cluster.at_rest()
+
+
+async def test_the_client_leaves_while_p_computes(valkey):
+    async with FakeCluster(valkey.url) as cluster:
+        await cluster.start(prefill_s=60)
+        task = asyncio.create_task(cluster.generate(generation()))
+        await until(lambda: len(cluster["p0"].prefills) == 1)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
         await cluster.at_rest()
 
 
