@@ -50,6 +50,7 @@ class RouterMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         registry = self.registry
+        self._series: dict[tuple[str, str], _Series] = {}
         self._responses = Counter(
             "headrace_http_responses", "HTTP responses", ["route", "status"], registry=registry
         )
@@ -113,44 +114,64 @@ class RouterMetrics:
 
     def request(self, model_name: str, api: str, arrived: float) -> RequestRecord:
         """`arrived`: time.perf_counter() when the request came in."""
-        return RequestRecord(self, model_name, api, arrived)
+        key = (model_name, api)
+        series = self._series.get(key)
+        if series is None:
+            series = self._series[key] = _Series(self, model_name, api)
+        return RequestRecord(series, arrived)
+
+
+class _Series:
+    """The series of one model and API. Looking them up by label costs more than counting in them."""
+
+    def __init__(self, metrics: RouterMetrics, model_name: str, api: str) -> None:
+        self.in_flight = metrics._in_flight.labels(model_name, api)
+        self.e2e = metrics._e2e.labels(model_name)
+        self.ttft = metrics._ttft.labels(model_name)
+        self.itl = metrics._itl.labels(model_name)
+        self.tpot = metrics._tpot.labels(model_name)
+        self.prepare = metrics._prepare.labels(model_name)
+        self.prompt_tokens = metrics._prompt_tokens.labels(model_name)
+        self.cached_tokens = metrics._cached_tokens.labels(model_name)
+        self.generation_tokens = metrics._generation_tokens.labels(model_name)
+        self._outcomes = metrics._outcomes
+        self._labels = (model_name, api)
+
+    def outcome(self, outcome: str) -> None:
+        self._outcomes.labels(*self._labels, outcome).inc()
 
 
 class RequestRecord:
     """Measures one request. `end` is called exactly once, whatever happens."""
 
-    def __init__(self, metrics: RouterMetrics, model_name: str, api: str, arrived: float) -> None:
-        self._metrics = metrics
-        self._model_name = model_name
-        self._api = api
-        self._arrived = arrived
-        self._has_token = False
-        self._itl = metrics._itl.labels(model_name)
-        self._generation_tokens = metrics._generation_tokens.labels(model_name)
-        metrics._in_flight.labels(model_name, api).inc()
+    def __init__(self, series: _Series, arrived: float) -> None:
+        self.series = series
+        self.arrived = arrived
+        self.has_token = False
+        series.in_flight.inc()
 
     def prepared(self) -> None:
         """The request is handed to the dispatcher."""
-        self._metrics._prepare.labels(self._model_name).observe(time.perf_counter() - self._arrived)
+        self.series.prepare.observe(time.perf_counter() - self.arrived)
 
     def sequence(self, prompt_tokens: int) -> SequenceRecord:
         """Of the sequences with one prompt, one carries `prompt_tokens`, the others 0: it is counted once."""
         return SequenceRecord(self, prompt_tokens)
 
     def end(self, outcome: str) -> None:
-        metrics = self._metrics
-        metrics._in_flight.labels(self._model_name, self._api).dec()
-        metrics._outcomes.labels(self._model_name, self._api, outcome).inc()
-        metrics._e2e.labels(self._model_name).observe(time.perf_counter() - self._arrived)
+        self.series.in_flight.dec()
+        self.series.outcome(outcome)
+        self.series.e2e.observe(time.perf_counter() - self.arrived)
 
 
 class SequenceRecord:
     """Measures the tokens of one sequence."""
 
-    __slots__ = ("_first", "_last", "_num_tokens", "_prompt_tokens", "_request")
+    __slots__ = ("_first", "_last", "_num_tokens", "_prompt_tokens", "_request", "_series")
 
     def __init__(self, request: RequestRecord, prompt_tokens: int) -> None:
         self._request = request
+        self._series = request.series
         self._prompt_tokens = prompt_tokens
         self._first = 0.0
         self._last = 0.0
@@ -158,30 +179,29 @@ class SequenceRecord:
 
     def tokens(self, count: int, cached_tokens: int) -> None:
         """A chunk has come."""
+        if not count:
+            return  # it only says how the sequence ended
         now = time.perf_counter()
         if self._num_tokens:
-            self._request._itl.observe(now - self._last)
+            self._series.itl.observe(now - self._last)
         else:
             self._first_tokens(now, cached_tokens)
         self._last = now
         self._num_tokens += count
-        self._request._generation_tokens.inc(count)
+        self._series.generation_tokens.inc(count)
 
     def end(self) -> None:
         if self._num_tokens > 1:
-            request = self._request
-            mean = (self._last - self._first) / (self._num_tokens - 1)
-            request._metrics._tpot.labels(request._model_name).observe(mean)
+            self._series.tpot.observe((self._last - self._first) / (self._num_tokens - 1))
 
     def _first_tokens(self, now: float, cached_tokens: int) -> None:
-        request, self._first = self._request, now
-        metrics, model_name = request._metrics, request._model_name
-        if not request._has_token:
-            request._has_token = True
-            metrics._ttft.labels(model_name).observe(now - request._arrived)
+        self._first = now
+        if not self._request.has_token:
+            self._request.has_token = True
+            self._series.ttft.observe(now - self._request.arrived)
         if self._prompt_tokens:
-            metrics._prompt_tokens.labels(model_name).inc(self._prompt_tokens)
-            metrics._cached_tokens.labels(model_name).inc(cached_tokens)
+            self._series.prompt_tokens.inc(self._prompt_tokens)
+            self._series.cached_tokens.inc(cached_tokens)
 
 
 def _histogram(name: str, text: str, buckets: tuple[float, ...], registry: CollectorRegistry) -> Histogram:

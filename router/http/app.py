@@ -13,13 +13,21 @@ from router.http.errors import error_json, error_response
 from router.http.front import Front
 from router.http.gate import Gate
 from router.http.models import ModelsEndpoint
+from router.http.openapi import describe_bodies
 from router.http.operations import Operations
 from router.http.tokenize import TokenizeEndpoint
 from router.keys import ApiKeys
 
 
 def create_app(front: Front) -> FastAPI:
-    app = FastAPI(title="Headrace", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="Headrace",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        # What is measured is in router/metrics.py. Ray configures OpenTelemetry in its processes, and FastAPI joins in.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "operation_spans": False},
+    )
     models, tokenize, operations = ModelsEndpoint(front), TokenizeEndpoint(front), Operations(front)
 
     app.add_api_route("/v1/chat/completions", ChatEndpoint(front).__call__, methods=["POST"])
@@ -36,6 +44,7 @@ def create_app(front: Front) -> FastAPI:
 
     app.add_exception_handler(GenerationError, _generation_error)
     app.add_exception_handler(HTTPException, _http_exception)
+    describe_bodies(app)
     app.add_middleware(Gate, keys=ApiKeys(front.config.api_keys), metrics=front.metrics)
     return app
 

@@ -232,3 +232,16 @@ async def test_websockets_are_closed(app: FastAPI) -> None:
 
     await app({"type": "websocket", "path": "/v1/models", "headers": [], "query_string": b""}, receive, send)
     assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
+async def test_openapi_tells_of_the_bodies(app: FastAPI) -> None:
+    async with over(app) as http:
+        schema = (await http.get("/openapi.json")).json()
+    for path, name in (("/v1/chat/completions", "ChatBody"), ("/v1/completions", "CompletionBody")):
+        operation = schema["paths"][path]["post"]
+        body = operation["requestBody"]["content"]["application/json"]["schema"]
+        assert body == {"$ref": f"#/components/schemas/{name}"}
+        assert "max_tokens" in schema["components"]["schemas"][name]["properties"]
+        assert schema["components"]["schemas"][name]["additionalProperties"] is False
+        assert {"400", "429", "503"} <= set(operation["responses"])
+    assert "422" not in schema["paths"]["/v1/models/{model_id}"]["get"]["responses"]
