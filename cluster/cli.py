@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 app = typer.Typer(
     name="headrace",
@@ -24,6 +24,7 @@ app = typer.Typer(
 
 _USAGE = 2
 _FAILED = 1
+_WIDE = 120  # columns of a terminal that show a worker's address, pid and epoch too
 _DEFAULT_URL = "http://127.0.0.1:8000"
 
 ConfigFile = Annotated[
@@ -158,11 +159,13 @@ def status(
 
     address = _find_url(url, cluster)
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=200)  # whoever reads it next can cut it
     with _told(StatusError):
         if as_json:
             typer.echo(json.dumps(fetch_status(address, api_key), indent=2))
         elif not watch:
-            console.print(render_status(fetch_status(address, api_key), address))
+            console.print(render_status(fetch_status(address, api_key), address, console.width >= _WIDE))
         else:
             _watch_status(console, address, api_key)
 
@@ -173,13 +176,16 @@ def _watch_status(console: Console, url: str, api_key: str | None) -> None:
 
     from cluster.status_view import StatusError, fetch_status, render_status
 
-    first = render_status(fetch_status(url, api_key), url)
+    def shown() -> RenderableType:
+        return render_status(fetch_status(url, api_key), url, console.width >= _WIDE)
+
+    first = shown()
     try:
         with Live(first, console=console, auto_refresh=False) as live:
             while True:
                 time.sleep(1.0)
                 try:
-                    live.update(render_status(fetch_status(url, api_key), url), refresh=True)
+                    live.update(shown(), refresh=True)
                 except StatusError as error:  # it may come back: go on looking
                     live.update(Text(str(error), "red"), refresh=True)
     except KeyboardInterrupt:

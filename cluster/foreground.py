@@ -16,13 +16,13 @@ from typing import NoReturn
 from rich.console import Console
 
 from cluster.config import ClusterConfig
-from cluster.descendants import kill_descendants
 from cluster.launch import Address, Cluster, LaunchError, Parts, Stopped
 from cluster.logs import set_up_logging
 from cluster.ports import PortError
 from cluster.progress import Steps
 from cluster.ray_runtime import TEMP_PREFIX, RayError
 from cluster.runfile import AlreadyRunning, Run, RunFile
+from cluster.session import Session
 from cluster.terminal import taken_over
 from cluster.topology import TopologyError
 from cluster.valkey import ValkeyError
@@ -47,6 +47,7 @@ class Foreground:
         )  # what a script may want to read goes to stdout
         self._cluster = Cluster(config, parts)
         self._run_file: RunFile | None = None
+        self._session: Session | None = None
 
     def serve(self) -> None:
         """Returns after an orderly stop. Raises ServeError."""
@@ -86,6 +87,8 @@ class Foreground:
         if left_over is not None:
             remove_temp_dirs(left_over)
         self._note(None)
+        if (files := self._cluster.ray.make_files()) is not None:
+            self._session = Session(files)
 
     def _note(self, address: Address | None) -> None:
         assert self._run_file is not None
@@ -125,16 +128,20 @@ class Foreground:
         self._cluster.stopping.set()  # from here on a signal means force
         for trouble in self._cluster.stop():
             logger.warning("while stopping: %s", trouble)
-        if left := kill_descendants():
-            logger.warning("killed %d processes that did not end by themselves", left)
-        self._cluster.ray.remove_files()
+        self._end_session()
         if self._run_file is not None:
             self._run_file.remove()
             self._console.print("stopped", style="dim")
 
-    def _force(self) -> NoReturn:
-        kill_descendants()
+    def _end_session(self) -> None:
+        if self._session is not None:
+            if left := self._session.kill_processes():
+                logger.debug("killed %d processes that had not ended by themselves", left)
+            self._session.close()
         self._cluster.ray.remove_files()
+
+    def _force(self) -> NoReturn:
+        self._end_session()
         if self._run_file is not None:
             self._run_file.remove()
         os._exit(_FORCED)

@@ -8,6 +8,7 @@ from typing import TextIO
 
 _OURS = ("cluster", "router", "workers", "kernels")
 _QUIET = ("ray", "httpx", "httpcore", "asyncio", "urllib3", "transformers")
+LOGGERS = (*_OURS, *_QUIET)  # whose levels are set here
 
 
 class _CurrentStderr(logging.StreamHandler[TextIO]):

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 _TIMEOUT_S = 5.0
+_WIDE = ("address", "pid", "epoch")
 _STATES = {"up": "green", "leaving": "yellow"}
 
 
@@ -39,8 +40,11 @@ def fetch_status(url: str, api_key: str | None = None) -> dict[str, Any]:
     return status
 
 
-def render_status(status: dict[str, Any], url: str) -> RenderableType:
-    """One line for the cluster, one row for each worker. Fields that a router does not know are left out."""
+def render_status(status: dict[str, Any], url: str, wide: bool = True) -> RenderableType:
+    """One line for the cluster, one row for each worker; `wide` adds where each worker is.
+
+    Fields that a router does not know are shown as a dash.
+    """
     model = status.get("model") or {}
     name = model.get("name", "-") if isinstance(model, dict) else str(model)
     redis = str(status.get("redis", "-"))
@@ -55,16 +59,16 @@ def render_status(status: dict[str, Any], url: str) -> RenderableType:
     if not workers:
         return Group(head, Text("no workers are registered", "yellow"))
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for title in ("worker", "role", "state", "device", "epoch", "address"):
-        table.add_column(title)
-    for title in ("run", "wait", "rsv", "send", "KV used", "cached", "free", "hits", "out tok"):
-        table.add_column(title, justify="right")
+    for title in ("worker", "state", "device", *(_WIDE if wide else ())):
+        table.add_column(title, no_wrap=True)
+    for title in ("run", "wait", "rsv", "send", "KV used", "cached", "hits", "tokens"):
+        table.add_column(title, justify="right", no_wrap=True)
     for worker in workers:
-        table.add_row(*_row(worker))
+        table.add_row(*_row(worker, wide))
     return Group(head, table)
 
 
-def _row(worker: dict[str, Any]) -> list[Text | str]:
+def _row(worker: dict[str, Any], wide: bool) -> list[Text | str]:
     blocks = worker.get("blocks") or {}
     state = str(worker.get("state", "-"))
     rate = worker.get("prefix_hit_rate")
@@ -74,18 +78,15 @@ def _row(worker: dict[str, Any]) -> list[Text | str]:
 
     return [
         cell("worker_id"),
-        cell("role"),
         Text(state, _STATES.get(state, "red")),
         cell("device"),
-        cell("epoch"),
-        cell("address"),
+        *([cell(name) for name in _WIDE] if wide else []),
         cell("running"),
         cell("waiting"),
         cell("reserved"),
         cell("sending"),
         f"{blocks.get('used', '-')}/{blocks.get('total', '-')}",
         str(blocks.get("cached", "-")),
-        str(blocks.get("free", "-")),
         "-" if rate is None else f"{rate:.0%}",
-        cell("output_tokens"),
+        cell("output_tokens" if worker.get("role") != "prefill" else "prompt_tokens"),
     ]

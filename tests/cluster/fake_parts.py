@@ -21,6 +21,7 @@ from workers.protocol import redis_keys
 from workers.protocol.messages import KvLayout, WorkerInfo
 
 WORKER = "tests.cluster.fake_parts:FakeWorker"
+NOTES = "HEADRACE_TEST_NOTES"  # a directory where each life writes its epoch and process id
 ROUTER = "tests.cluster.fake_parts:FakeRouter"
 
 
@@ -41,6 +42,8 @@ class FakeWorker:
         self._renew()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
+        if directory := os.environ.get(NOTES):
+            (Path(directory) / config.worker_id).write_text(f"{config.epoch} {os.getpid()}")
         logging.getLogger("workers.fake").info("fake worker is up, threads %s", os.environ["OMP_NUM_THREADS"])
         return WorkerInfo(
             worker_id=config.worker_id,
@@ -86,7 +89,9 @@ class FakeRouter:
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        body = json.dumps({"model": "fake", "redis": "ok", "workers": [], "queue": 0, "in_flight": 0})
+        body = json.dumps(
+            {"model": {"name": "fake"}, "redis": "ok", "workers": [], "queue": 0, "in_flight": 0}
+        )
         head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         writer.write(f"{head}Connection: close\r\n\r\n{body}".encode())
         await writer.drain()

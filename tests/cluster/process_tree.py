@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
-import time
 from pathlib import Path
-
-_REAP_S = 2.0
 
 
 def descendants(root: int | None = None) -> list[int]:
@@ -28,20 +24,3 @@ def descendants(root: int | None = None) -> list[int]:
         found += mine
         below += mine
     return found
-
-
-def kill_descendants() -> int:
-    """SIGKILL all of them at once, so that none is orphaned and overlooked. Answers how many there were."""
-    total = 0
-    deadline = time.monotonic() + _REAP_S
-    while left := descendants():
-        total = max(total, len(left))
-        for pid in left:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.02)
-    return total
