@@ -6,8 +6,9 @@ back, exactly once, wherever the attempt ended. Any way to fail is one exception
 
 from __future__ import annotations
 
+from router.inbox import Event, Inbox, LinkLost
 from router.load import Booking
-from router.worker_link import Event, Inbox, LinkLost, WorkerLink
+from router.worker_link import WorkerLink
 from workers.protocol.messages import (
     Accepted,
     Cancel,
@@ -23,12 +24,19 @@ from workers.protocol.messages import (
 
 
 class AttemptFailed(Exception):
-    """`code` is a FailureCode, or "link_lost", "stalled", "no_prefill", "token_gap" (seen by the router itself)."""
+    """`code` is a FailureCode, or "link_lost", "stalled", "no_prefill", "token_gap" (seen by the router itself).
 
-    def __init__(self, code: str, blamed: WorkerLink | None, message: str) -> None:
+    `blamed` should be left alone for a while. `suspect` may have had a part in it: a hand-over that broke can be the
+    fault of either end.
+    """
+
+    def __init__(
+        self, code: str, blamed: WorkerLink | None, message: str, suspect: WorkerLink | None = None
+    ) -> None:
         super().__init__(f"{code}: {message}")
         self.code = code
         self.blamed = blamed
+        self.suspect = suspect
         self.message = message
 
 
@@ -158,16 +166,17 @@ class Attempt:
     def _judge(self, link: WorkerLink, event: LinkLost | Failed) -> None:
         code = "link_lost" if isinstance(event, LinkLost) else event.code
         message = event.reason if isinstance(event, LinkLost) else event.message
+        blamed, suspect = link, None
         if link is self.prefill:
             self._prefill_holds = False
             if self.started or self.prefill_done is not None:
                 return
-            raise AttemptFailed(code, link, f"prefill worker {link.worker_id}: {message}")
-        self._decode_holds = False
-        blamed = link
+        else:
+            self._decode_holds = False
         if code in ("lease_expired", "transfer_failed") and self.prefill is not None:
-            blamed = self.prefill  # D waited in vain
-        raise AttemptFailed(code, blamed, f"decode worker {link.worker_id}: {message}")
+            # Without P the decode worker can prefill by itself, without D nothing goes on: so P is left out first.
+            blamed, suspect = self.prefill, self.decode
+        raise AttemptFailed(code, blamed, f"{link.info.role} worker {link.worker_id}: {message}", suspect)
 
     def _breach(self, message: str) -> AttemptFailed:
         return AttemptFailed("internal", self.decode, f"decode worker {self.decode.worker_id}: {message}")

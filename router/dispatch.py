@@ -154,8 +154,13 @@ class Dispatcher:
         """None: no decode worker can be given the request now."""
         if not self._begin(request):
             return None
-        excluded = request.excluded_now(time.monotonic())
-        return self._policy.choose(self._demand(request), self.fleet.views(request.hash_root), excluded)
+        now = time.monotonic()
+        excluded, avoided = request.excluded_now(now), request.avoided_now(now)
+        demand, views = self._demand(request), self.fleet.views(request.hash_root)
+        choice = self._policy.choose(demand, views, excluded | avoided)
+        if choice is None and avoided:
+            choice = self._policy.choose(demand, views, excluded)
+        return choice
 
     def _demand(self, request: Request) -> Demand:
         return Demand(request.num_tokens, request.block_size, self.index.match(request.hashes()))
@@ -223,8 +228,11 @@ class Dispatcher:
         if failure.code in ("busy", "draining"):
             return  # its link is marked: the policy does not see the worker until there is news of it
         request.failures += 1
+        until = time.monotonic() + _EXCLUDED_S
         if failure.blamed is not None:
-            request.exclude(failure.blamed.worker_id, time.monotonic() + _EXCLUDED_S)
+            request.exclude(failure.blamed.worker_id, until)
+        if failure.suspect is not None:
+            request.avoid(failure.suspect.worker_id, until)
         if request.failures >= self._max_attempts:
             raise Unavailable(
                 f"{request.failures} placements of the request failed (admission.max_attempts), "

@@ -18,6 +18,7 @@ class Request:
     failures: int = 0  # placements lost, `busy` not counted
     placements: int = 0  # placements that a worker had taken
     excluded: dict[str, float] = field(default_factory=dict)  # worker -> until then, monotonic seconds
+    avoided: dict[str, float] = field(default_factory=dict)  # the same, but better than nobody
     hash_root: bytes = b""  # of the model it started on, it never goes on with another; empty: none known yet
     block_size: int = 0
     _tokens: list[int] = field(default_factory=list)  # prompt + output
@@ -83,9 +84,16 @@ class Request:
     def exclude(self, worker_id: str, until: float) -> None:
         self.excluded[worker_id] = until
 
+    def avoid(self, worker_id: str, until: float) -> None:
+        self.avoided[worker_id] = until
+
     def excluded_now(self, now: float) -> set[str]:
         self.excluded = {worker: until for worker, until in self.excluded.items() if until > now}
         return set(self.excluded)
+
+    def avoided_now(self, now: float) -> set[str]:
+        self.avoided = {worker: until for worker, until in self.avoided.items() if until > now}
+        return set(self.avoided)
 
     def retry_in_s(self, now: float) -> float | None:
         """Seconds until the first exclusion ends; None: there is none."""

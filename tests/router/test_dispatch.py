@@ -155,7 +155,11 @@ async def test_d_dies_and_the_stream_goes_on_elsewhere(valkey, stage, after, ord
     async with FakeCluster(valkey.url, timeout_s=0.4) as cluster:
         await cluster.start(decodes=2, prefills=1, hook=once(stage, order, after))
         await cluster.check(generation())
-        assert cluster.metric("headrace_dispatch_placements_total", outcome="link_lost") == 1
+        lost = [
+            cluster.metric("headrace_dispatch_placements_total", outcome=outcome)
+            for outcome in ("link_lost", "transfer_failed")  # whoever of D's link and P tells first
+        ]
+        assert sum(lost) == 1
         last = max((w.reserves[-1] for w in cluster.workers if w.reserves), key=lambda r: r.work.request_id)
         sent = after if stage == "token" else 0
         assert len(last.work.output) == sent  # it went on, it did not start again
@@ -203,6 +207,21 @@ async def test_failures_of_d_lead_to_another_placement(valkey, code):
         await cluster.start(decodes=2, hook=once("ticketed", code))
         await cluster.check(generation())
         assert cluster.metric("headrace_dispatch_placements_total", outcome=code) == 1
+        await cluster.at_rest()
+
+
+@pytest.mark.parametrize("decodes", [1, 2])
+async def test_a_broken_hand_over_avoids_both_ends_where_it_can(valkey, decodes):
+    async with FakeCluster(valkey.url) as cluster:
+        await cluster.start(decodes=decodes, prefills=1)
+        cluster["p0"].hook = once("prefill", "transfer_failed")
+        started = asyncio.get_running_loop().time()
+        await cluster.check(generation())
+        assert asyncio.get_running_loop().time() - started < 0.9  # nobody waits for an exclusion to end
+        decodes_used = [w for w in cluster.workers if w.role == "decode" and w.reserves]
+        assert len(decodes_used) == decodes
+        assert decodes_used[-1].reserves[-1].local_prefill_max == PREFILL_EVERYTHING or decodes == 2
+        assert cluster["p0"].seen.count("Prefill") == 1
         await cluster.at_rest()
 
 

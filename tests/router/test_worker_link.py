@@ -5,7 +5,8 @@ import asyncio
 import msgspec
 import pytest
 
-from router.worker_link import Inbox, LinkDown, LinkLost, WorkerLink
+from router.inbox import Inbox, LinkLost
+from router.worker_link import LinkDown, WorkerLink
 from tests.router.fake_cluster import until
 from tests.router.fake_worker import SECRET, FakeWorker
 from workers.protocol import frames
