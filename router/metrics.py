@@ -40,6 +40,13 @@ _TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2
 _E2E_BUCKETS = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 _PREPARE_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 
+# Gauges of workers that gateways and dashboards know under vLLM's names, with the worker as `engine`.
+VLLM_NAMES_OF_WORKERS = {
+    "headrace_requests_running": "vllm:num_requests_running",
+    "headrace_requests_waiting": "vllm:num_requests_waiting",
+    "headrace_kv_usage_ratio": "vllm:kv_cache_usage_perc",
+}
+
 # Outcomes of a request that was answered in full, as vLLM counts them.
 _SUCCESSES = ("stop", "length")
 

@@ -10,6 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
+from router.metrics import VLLM_NAMES_OF_WORKERS
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -27,6 +29,7 @@ def merge(
     for registry in registries:  # after `unreadable`, which counts in one of them
         _add(families, registry.collect())
     _add(families, parsed)
+    _add(families, [_vllm_family(families[name]) for name in VLLM_NAMES_OF_WORKERS if name in families])
     return generate_latest(_Merged(families.values()))
 
 
@@ -36,6 +39,18 @@ def _add(families: dict[str, Metric], added: Iterable[Metric]) -> None:
         if known is None:
             families[family.name] = known = Metric(family.name, family.documentation, family.type)
         known.samples.extend(family.samples)
+
+
+def _vllm_family(family: Metric) -> Metric:
+    name = VLLM_NAMES_OF_WORKERS[family.name]
+    renamed = Metric(name, family.documentation, family.type)
+    for sample in family.samples:
+        labels = {
+            "engine": sample.labels.get("worker", ""),
+            "model_name": sample.labels.get("model_name", ""),
+        }
+        renamed.samples.append(sample._replace(name=name, labels=labels))
+    return renamed
 
 
 class _Merged(Collector):

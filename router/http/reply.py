@@ -48,6 +48,7 @@ class Reply(Response):
 
     def __init__(self, plan: Plan, form: Format, api: str, arrived: float, front: Front) -> None:
         """`arrived`: time.perf_counter() when the request came in."""
+        # Not Response's own __init__: it wants the body and fixes the headers.
         self.status_code = 200
         self.background = None
         self._plan = plan

@@ -174,6 +174,11 @@ async def test_metrics_are_those_of_the_router_and_of_each_worker(
         for sample in family.samples
     }
     assert samples["headrace_requests_running", "d0"] == samples["headrace_requests_running", "d1"] == 3.0
+    assert (
+        samples["vllm:num_requests_running", "", "d0"]
+        == samples["vllm:num_requests_running", "", "d1"]
+        == 3.0
+    )
     assert samples["headrace_steps_total", "d0"] == 7.0
     assert samples["headrace_steps_total", "a"] == 4.0  # the same series twice is added up
     assert samples["headrace_step_seconds_count",] == 4.0
