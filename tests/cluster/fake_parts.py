@@ -66,7 +66,10 @@ class FakeWorker:
 
     def _beat(self) -> None:
         while not self._over.wait(self._config.heartbeat_s):
-            self._renew()
+            try:
+                self._renew()
+            except redis.RedisError:
+                continue  # it comes back
 
     def wait(self) -> None:
         self._over.wait()
