@@ -110,19 +110,19 @@ class Admission:
         self._retrying[turn] = None
         turn.wake()
 
-    def _leave(self, turn: Turn, placed: bool) -> None:
+    def _make_way(self, turn: Turn) -> None:
+        """It may have stood in the way of the next, or leave room that it was woken for."""
         self._unpark(turn)
-        was_waiting = turn.waited
         self._retrying.pop(turn, None)
-        if placed and was_waiting:
-            now = self._clock()
-            if self._last_placed is not None:
-                gap = min(now - self._last_placed, _MAX_RETRY_AFTER_S)
-                self._interval_s += 0.1 * (gap - self._interval_s)
-            self._last_placed = now
-        # Whoever leaves may have stood in the way of the next, or left room that it was woken for.
-        if was_waiting and not self._retrying and self._parked:
+        if turn.waited and not self._retrying and self._parked:
             self._wake(self._parked[0][1])
+
+    def _count_placed(self) -> None:
+        now = self._clock()
+        if self._last_placed is not None:
+            gap = min(now - self._last_placed, _MAX_RETRY_AFTER_S)
+            self._interval_s += 0.1 * (gap - self._interval_s)
+        self._last_placed = now
 
 
 class Turn:
@@ -137,13 +137,17 @@ class Turn:
         self._deadline = self._entered_at + queue_timeout_s
         self._woken: asyncio.Future[None] | None = None
         self._rooms_seen = 0
+        self._granted = False  # woken: it need not ask again whether somebody is in front
         self._left = False
 
     def leave(self, *, placed: bool = False) -> None:
         """Out of the line: `placed` when a worker took the request. Idempotent; every turn must be left."""
-        if not self._left:
-            self._left = True
-            self._admission._leave(self, placed)
+        if self._left:
+            return
+        self._left = True
+        if placed and self.waited:
+            self._admission._count_placed()
+        self._admission._make_way(self)
 
     def age_s(self) -> float:
         return self._admission._clock() - self._entered_at
@@ -151,41 +155,43 @@ class Turn:
     async def mine(self) -> None:
         """Return when nobody is in front. Raises Overloaded when the line is full, Unavailable after the time-out."""
         self._admission._check_open()
-        if self._admission._someone_before(self.key):
-            await self._wait(None)
+        if not self._granted and self._admission._someone_before(self.key):
+            await self._wait()
         self._rooms_seen = self._admission._rooms
 
-    async def no_room(self, retry_in_s: float | None = None) -> None:
-        """Every worker was busy: wait for room (or for `retry_in_s`, when another reason to try again is known).
-
-        Raises as `mine` does.
-        """
+    async def no_room(self) -> None:
+        """Every worker was busy: wait for room. Raises as `mine` does."""
         if self._rooms_seen == self._admission._rooms:
-            await self._wait(retry_in_s)
+            await self._wait()
         elif self._admission._clock() >= self._deadline:
             raise self._too_late()
         else:
             await asyncio.sleep(0)  # room appeared while the answer was on its way
-        self._rooms_seen = self._admission._rooms
+
+    async def step_aside(self, pause_s: float) -> None:
+        """There may be room, but not for this request yet: let others pass meanwhile. Raises Unavailable."""
+        self._granted = False
+        self._admission._make_way(self)
+        left_s = self._deadline - self._admission._clock()
+        await asyncio.sleep(max(min(pause_s, left_s), 0.0))
+        if pause_s >= left_s:
+            raise self._too_late()
 
     def wake(self) -> None:
+        self._granted = True
         if self._woken is not None and not self._woken.done():
             self._woken.set_result(None)
 
-    async def _wait(self, retry_in_s: float | None) -> None:
+    async def _wait(self) -> None:
         admission = self._admission
         admission._park(self)
-        self.waited = True
+        self.waited, self._granted = True, False
         self._woken = asyncio.get_running_loop().create_future()
-        left_s = self._deadline - admission._clock()
-        patience_s = left_s if retry_in_s is None else min(left_s, retry_in_s)
         try:
-            async with asyncio.timeout(max(patience_s, 0.0)):
+            async with asyncio.timeout(max(self._deadline - admission._clock(), 0.0)):
                 await self._woken
         except TimeoutError:
-            if admission._clock() >= self._deadline:
-                raise self._too_late() from None
-            admission._wake(self)  # its own time to retry: it keeps its place while it does
+            raise self._too_late() from None
         finally:
             self._woken = None
         admission._check_open()

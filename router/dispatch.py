@@ -78,6 +78,8 @@ class Dispatcher:
         self._stall_timeout_s = stall_timeout_s
         self._serials = itertools.count(1)
         self._in_flight = 0
+        self.metrics.waiting.set_function(lambda: self.admission.waiting)
+        self.metrics.in_flight.set_function(lambda: self._in_flight)
 
     async def start(self) -> None:
         await self.discovery.start()
@@ -98,7 +100,7 @@ class Dispatcher:
         """
         request = Request(generation)
         turn: Turn | None = None
-        self._count(1)
+        self._in_flight += 1
         try:
             while request.finish_reason is None:
                 attempt: Attempt | None = None
@@ -108,7 +110,7 @@ class Dispatcher:
                     await turn.mine()
                     choice = self._choose(request)
                     if choice is None:
-                        await turn.no_room(request.retry_in_s(time.monotonic()))
+                        await self._wait(request, turn)
                         continue
                     attempt = self._book(request, choice)
                     ticket = await attempt.reserve(choice.local_prefill_max)
@@ -129,11 +131,7 @@ class Dispatcher:
         finally:
             if turn is not None:
                 turn.leave()
-            self._count(-1)
-
-    def _count(self, change: int) -> None:
-        self._in_flight += change
-        self.metrics.in_flight.set(self._in_flight)
+            self._in_flight -= 1
 
     def _enter(self, request: Request) -> Turn:
         self._begin(request)
@@ -161,6 +159,15 @@ class Dispatcher:
         if choice is None and avoided:
             choice = self._policy.choose(demand, views, excluded)
         return choice
+
+    async def _wait(self, request: Request, turn: Turn) -> None:
+        """For room; or, when workers have room but this request must leave them alone, for that to end."""
+        views = self.fleet.views(request.hash_root)
+        excluded = [view.worker_id for view in views if view.role == "decode"]
+        if excluded:
+            await turn.step_aside(request.excluded_for_s(excluded, time.monotonic()))
+        else:
+            await turn.no_room()
 
     def _demand(self, request: Request) -> Demand:
         return Demand(request.num_tokens, request.block_size, self.index.match(request.hashes()))

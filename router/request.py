@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from router.generation import Generation, TokenChunk
@@ -95,6 +96,6 @@ class Request:
         self.avoided = {worker: until for worker, until in self.avoided.items() if until > now}
         return set(self.avoided)
 
-    def retry_in_s(self, now: float) -> float | None:
-        """Seconds until the first exclusion ends; None: there is none."""
-        return max(min(self.excluded.values()) - now, 0.0) if self.excluded else None
+    def excluded_for_s(self, workers: Iterable[str], now: float) -> float:
+        """Seconds until the first of these excluded workers may be tried again."""
+        return max(min(self.excluded[worker] for worker in workers) - now, 0.0)

@@ -20,13 +20,17 @@ class Cluster:
         self.line = line
         self.places = places
         self.placed: list[str] = []
+        self.at_once = self.most_at_once = 0  # on a round trip
 
     async def request(self, name: str, *, priority: int = 0, need: int = 1, resumed: bool = False) -> None:
         turn = self.line.enter(priority=priority, need_blocks=need, resumed=resumed)
         try:
             while True:
                 await turn.mine()
+                self.at_once += 1
+                self.most_at_once = max(self.at_once, self.most_at_once)
                 await asyncio.sleep(0)  # the round trip to a worker
+                self.at_once -= 1
                 if self.places >= need:
                     self.places -= need
                     break
@@ -113,6 +117,7 @@ async def test_room_for_many_wakes_many():
     cluster.free(50)
     await asyncio.wait_for(asyncio.gather(*tasks), 1)
     assert cluster.placed == [str(n) for n in range(50)]
+    assert cluster.most_at_once > 10  # woken together, they need not wait for each other's round trip
 
 
 async def test_room_that_appears_while_the_answer_travels_is_not_missed():
@@ -167,13 +172,26 @@ async def test_who_gives_up_leaves_the_line_and_wakes_the_next():
     assert cluster.line.waiting == 0
 
 
-async def test_retry_in_s_wakes_without_room():
-    line = admission()
+async def test_who_steps_aside_lets_others_pass():
+    cluster = Cluster(admission(), 1)
+    aside = cluster.line.enter(priority=0, need_blocks=1, resumed=True)
+    await aside.mine()
+    pause = asyncio.create_task(aside.step_aside(0.05))
+    await settle()
+    await asyncio.wait_for(cluster.request("a"), 0.04)
+    await pause
+    await aside.mine()
+    aside.leave(placed=True)
+    assert cluster.line.waiting == 0
+
+
+async def test_stepping_aside_ends_with_the_queue_timeout():
+    line = admission(queue_timeout_s=0.05)
     turn = line.enter(priority=0, need_blocks=1)
     await turn.mine()
-    await asyncio.wait_for(turn.no_room(retry_in_s=0.02), 1)
+    with pytest.raises(Unavailable):
+        await turn.step_aside(1.0)
     turn.leave()
-    assert line.waiting == 0
 
 
 async def test_close_ends_all_waiting():

@@ -234,6 +234,27 @@ async def test_one_worker_that_fails_is_tried_again_after_a_moment(valkey):
         await cluster.at_rest()
 
 
+async def test_one_request_that_fails_everywhere_does_not_hold_up_the_others(valkey):
+    async with FakeCluster(valkey.url) as cluster:
+        poison = generation(1)
+        await cluster.start(
+            hook=lambda stage, work: (
+                "internal" if stage == "accepted" and work.prompt == poison.prompt else None
+            ),
+            prefills=0,
+        )
+        task = asyncio.create_task(cluster.generate(poison))
+        await until(lambda: cluster.metric("headrace_dispatch_placements_total", outcome="internal") == 1)
+        started = asyncio.get_running_loop().time()
+        for n in range(2, 8):
+            await cluster.check(generation(n, max_tokens=3))
+        assert asyncio.get_running_loop().time() - started < 0.8
+        assert not task.done()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await cluster.at_rest()
+
+
 async def test_too_many_failures_are_unavailable(valkey, monkeypatch):
     monkeypatch.setattr("router.dispatch._EXCLUDED_S", 0.01)
     admission = AdmissionConfig(max_attempts=3)
