@@ -15,9 +15,11 @@ from typing import NoReturn
 
 from rich.console import Console
 
+from cluster.address import Address
 from cluster.config import ClusterConfig
-from cluster.launch import Address, Cluster, LaunchError, Parts, Stopped
+from cluster.launch import Cluster, Stopped
 from cluster.logs import set_up_logging
+from cluster.parts import LaunchError, Parts
 from cluster.ports import PortError
 from cluster.progress import Steps
 from cluster.ray_runtime import TEMP_PREFIX, RayError

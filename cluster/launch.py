@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import http.client
 import logging
 import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from cluster import topology
-from cluster.actors import WORKER_CLASS
+from cluster.address import WILDCARDS, Address, address_of, ask_ready
 from cluster.config import ClusterConfig
 from cluster.leases import Leases
+from cluster.parts import LaunchError, Parts, Prepared
 from cluster.pools import RayPools
 from cluster.ports import HeldPorts
 from cluster.progress import Step, Steps
 from cluster.ray_runtime import RayRuntime, machine
-from cluster.router_replica import ROUTER_CLASS, RouterSettings
+from cluster.router_replica import RouterSettings
 from cluster.routers import Routers
 from cluster.supervisor import Died, Supervisor
 from cluster.topology import Plan, Replica
@@ -34,55 +33,8 @@ _READY_TIMEOUT_S = 60.0  # for the router to answer once all workers run
 _WORKER_GOODBYE_S = 5.0
 
 
-class LaunchError(Exception):
-    """The cluster could not be started; the message says which part and why."""
-
-
 class Stopped(Exception):
     """Somebody asked to stop while things were still starting."""
-
-
-class Prepared(Protocol):
-    """What is known of a model once its files are in place (workers.models.catalog.PreparedModel)."""
-
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def served_name(self) -> str: ...
-
-
-Prepare = Callable[[str, Callable[[str], None]], Prepared]
-
-
-def prepare_from_catalog(name: str, say: Callable[[str], None]) -> Prepared:
-    """Find, fetch and convert the model. Raises LaunchError."""
-    from workers.models.catalog import prepare_model
-    from workers.models.errors import ModelError
-
-    try:
-        prepared: Prepared = prepare_model(name, say=say)
-    except ModelError as error:
-        raise LaunchError(f"model {name!r}: {error}") from error
-    return prepared
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What is inside the processes; tests put fakes in their place."""
-
-    worker_class: str = WORKER_CLASS
-    router_class: str = ROUTER_CLASS
-    prepare: Prepare = prepare_from_catalog
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where clients find the cluster, and under which name the model."""
-
-    url: str
-    grpc: str  # host:port, empty when off
-    model: str
 
 
 class Cluster:
@@ -242,7 +194,7 @@ class Cluster:
         address = self._address(model)
         deadline = time.monotonic() + _READY_TIMEOUT_S
         while True:
-            answer = self._ask_ready(address.url)
+            answer = ask_ready(address, self.config.router.http.api_keys)
             if answer == "ready":
                 break
             self._watch(0.05)
@@ -273,28 +225,15 @@ class Cluster:
 
     def _address(self, model: Prepared) -> Address:
         assert self._ports is not None
+        assert self._routers is not None
         config = self._ports.config
-        return Address(
-            url=f"http://{_reachable(config.http.host)}:{config.http.port}",
-            grpc=f"{_reachable(config.grpc.host)}:{config.grpc.port}" if config.grpc.enabled else "",
-            model=self.config.model.served_name or model.served_name,
-        )
-
-    def _ask_ready(self, url: str) -> str:
-        """`ready`, or why not."""
-        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=2.0)
-        keys = self.config.router.http.api_keys
-        try:
-            connection.request(
-                "GET", "/ready", headers={"Authorization": f"Bearer {keys[0]}"} if keys else {}
-            )
-            answer = connection.getresponse()
-            body = answer.read(200).decode(errors="replace")
-            return "ready" if answer.status == 200 else f"{answer.status} {body}"
-        except (OSError, http.client.HTTPException) as error:
-            return f"no answer from {url}: {error}"
-        finally:
-            connection.close()
+        anywhere = "127.0.0.1"
+        if not self.ray.local and config.http.host in WILDCARDS:
+            try:
+                anywhere = self._routers.node_address(_READY_TIMEOUT_S)
+            except RuntimeError as error:
+                raise LaunchError(f"the router could not start: {error}") from error
+        return address_of(config, self.config.model.served_name or model.served_name, anywhere)
 
     def _heed_stop(self) -> None:
         if self.stopping.is_set():
@@ -345,12 +284,3 @@ class Cluster:
         if ports is not None:
             ports.release()
         return troubles
-
-
-def _reachable(host: str) -> str:
-    """An address that a client on this machine can use for a listener on `host`."""
-    if host in ("0.0.0.0", ""):
-        return "127.0.0.1"
-    if host == "::":
-        return "[::1]"
-    return f"[{host}]" if ":" in host else host

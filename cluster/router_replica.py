@@ -125,6 +125,12 @@ class RouterReplica:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(http.host, http.host)
         socket.create_connection((host, http.port), timeout=_ALIVE_TIMEOUT_S).close()
 
+    def node_address(self) -> str:
+        """Where this replica is, for a driver on another node."""
+        ray: Any = importlib.import_module("ray")
+        address: str = ray.util.get_node_ip_address()
+        return address
+
     def __del__(self) -> None:
         """Serve's good-bye to a replica."""
         loop, over = getattr(self, "_loop", None), getattr(self, "_over", None)

@@ -74,6 +74,20 @@ class Routers:
         reason: str = next((message for message in messages if message), application.message)
         return reason
 
+    def node_address(self, timeout_s: float) -> str:
+        """Address of a node that has a replica. Raises RuntimeError when there is none in time."""
+        assert self._thread is not None
+        self._thread.join()
+        if self._failure is not None:
+            raise RuntimeError(str(self._failure)) from self._failure
+        serve: Any = importlib.import_module("ray.serve")
+        try:
+            handle = serve.get_app_handle(self._name)
+            address: str = handle.node_address.remote().result(timeout_s=timeout_s)
+        except TimeoutError as error:
+            raise RuntimeError(f"no replica answers within {timeout_s:g} s") from error
+        return address
+
     def stop(self) -> None:
         if self._thread is None:
             return

@@ -166,12 +166,16 @@ def check_reachable(config: ClusterConfig, host_of: Mapping[str, str], driver_ho
     hosts = set(host_of.values()) | {driver_host}
     if len(hosts) < 2:
         return
-    listeners = {"worker.host": config.worker.host, "transfer.host": config.transfer.host}
+    listeners = {
+        "worker.host": config.worker.host,
+        "transfer.host": config.transfer.host,
+        "router.http.host": config.router.http.host,
+    }
     if config.redis.url is None:
         listeners["redis.host"] = config.redis.host
     loopback = [name for name, address in listeners.items() if address.startswith(_LOOPBACK)]
     if loopback:
         raise TopologyError(
             f"the cluster spans {len(hosts)} hosts, but {', '.join(loopback)} "
-            f"{'is' if len(loopback) == 1 else 'are'} loopback; set {'it' if len(loopback) == 1 else 'them'} to `node`"
+            f"{'is' if len(loopback) == 1 else 'are'} loopback; set hosts of routers to 0.0.0.0, the others to `node`"
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 import redis
 
-from cluster.launch import Parts
+from cluster.parts import Parts
 from cluster.router_replica import RouterSettings
 from workers.config import WorkerConfig
 from workers.protocol import redis_keys

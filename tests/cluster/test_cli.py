@@ -13,9 +13,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
+from cluster.address import Address
 from cluster.cli import app
 from cluster.foreground import curl_line
-from cluster.launch import Address
 from cluster.runfile import Run, RunFile
 from tests.cluster.api_server import ApiServer
 

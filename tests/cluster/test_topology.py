@@ -129,9 +129,17 @@ def test_threads_are_an_equal_part_of_the_hosts_cores() -> None:
 def test_loopback_listeners_are_refused_across_hosts() -> None:
     config = load_config()
     check_reachable(config, {"prefill-0": "a", "decode-0": "a"}, "a")
-    with pytest.raises(TopologyError, match=r"but worker[.]host, transfer[.]host, redis[.]host are"):
+    with pytest.raises(
+        TopologyError, match=r"but worker[.]host, transfer[.]host, router[.]http[.]host, redis[.]host are"
+    ):
         check_reachable(config, {"prefill-0": "a", "decode-0": "b"}, "a")
     open_config = load_config(
-        None, {"worker.host": "node", "transfer.host": "node", "redis.url": "redis://elsewhere:6379"}
+        None,
+        {
+            "worker.host": "node",
+            "transfer.host": "node",
+            "router.http.host": "0.0.0.0",
+            "redis.url": "redis://elsewhere:6379",
+        },
     )
     check_reachable(open_config, {"prefill-0": "a", "decode-0": "b"}, "a")
