@@ -52,7 +52,13 @@ def decode_body(body: bytes, kind: type[T], decoder: msgspec.json.Decoder[T]) ->
     except msgspec.ValidationError as error:
         raise _wrong_field(str(error), kind) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Refusal(f"the body is not valid JSON: {error}") from error
+        # msgspec has no word of its own for this one.
+        hint = (
+            "; half of a surrogate pair (\\ud800 to \\udfff) is no character"
+            if b"\\ud" in body.lower()
+            else ""
+        )
+        raise Refusal(f"the body is not valid JSON: {error}{hint}") from error
     except RecursionError as error:
         raise Refusal("the body is nested too deeply") from error
 

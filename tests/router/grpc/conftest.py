@@ -6,10 +6,13 @@ from pathlib import Path
 import grpc
 import pytest
 
+from router.chat.prompt import load_prompts
 from router.chat.tokenizer import TextTokenizer
-from router.config import GrpcConfig, HttpConfig, RouterConfig
 from router.grpc import headrace_pb2_grpc
-from router.server import RouterServer
+from router.grpc.server import GrpcServer
+from router.keys import ApiKeys
+from router.metrics import RouterMetrics
+from router.sessions import Sessions
 from tests.router.fake_dispatcher import ANSWER, FakeDispatcher
 from tests.router.tiny_model import write_byte_level_model
 
@@ -37,21 +40,40 @@ def api_keys() -> list[str]:
 
 
 @pytest.fixture
-async def server(
-    dispatcher: FakeDispatcher, grpc_model_path: Path, api_keys: list[str]
-) -> AsyncIterator[RouterServer]:
-    config = RouterConfig(
-        http=HttpConfig(port=0, max_body=64 * 1024, api_keys=api_keys), grpc=GrpcConfig(port=0)
-    )
-    server = RouterServer(dispatcher, grpc_model_path, config)
-    await server.start()
-    yield server
-    await server.stop(drain_s=0.0)
+def sessions() -> Sessions:
+    return Sessions()
 
 
 @pytest.fixture
-async def channel(server: RouterServer) -> AsyncIterator[grpc.aio.Channel]:
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+def metrics() -> RouterMetrics:
+    return RouterMetrics()
+
+
+@pytest.fixture
+async def server(
+    dispatcher: FakeDispatcher,
+    grpc_model_path: Path,
+    metrics: RouterMetrics,
+    sessions: Sessions,
+    api_keys: list[str],
+) -> AsyncIterator[GrpcServer]:
+    server = GrpcServer(
+        "127.0.0.1:0",
+        dispatcher,
+        load_prompts(grpc_model_path),
+        metrics,
+        sessions,
+        ApiKeys(api_keys),
+        max_message_bytes=64 * 1024,
+    )
+    await server.start()
+    yield server
+    await server.stop(0.0)
+
+
+@pytest.fixture
+async def channel(server: GrpcServer) -> AsyncIterator[grpc.aio.Channel]:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         yield channel
 
 

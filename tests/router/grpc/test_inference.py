@@ -10,7 +10,8 @@ from router.chat.tokenizer import TextTokenizer
 from router.generation import GenerationError, InvalidRequest, Overloaded, Unavailable
 from router.grpc import headrace_pb2 as pb
 from router.grpc.headrace_pb2_grpc import InferenceStub
-from router.server import RouterServer
+from router.metrics import RouterMetrics
+from router.sessions import Sessions
 from tests.router.fake_dispatcher import ANSWER, FakeDispatcher
 
 
@@ -185,7 +186,8 @@ async def test_a_bug_tells_nothing(stub: InferenceStub, dispatcher: FakeDispatch
 async def test_a_caller_that_leaves_ends_its_sequence(
     stub: InferenceStub,
     channel: grpc.aio.Channel,
-    server: RouterServer,
+    sessions: Sessions,
+    metrics: RouterMetrics,
     dispatcher: FakeDispatcher,
     how: str,
 ) -> None:
@@ -201,8 +203,8 @@ async def test_a_caller_that_leaves_ends_its_sequence(
     await asyncio.sleep(0.4 if how == "deadline" else 0.1)
     assert dispatcher.open == 0
     assert len(dispatcher.closed_early) == 1
-    assert len(server.sessions) == 0
-    outcome = server.metrics.registry.get_sample_value(
+    assert len(sessions) == 0
+    outcome = metrics.registry.get_sample_value(
         "headrace_request_outcomes_total", {"model_name": "tiny", "api": "grpc", "outcome": "cancelled"}
     )
     assert outcome == 1.0

@@ -181,7 +181,7 @@ async def test_what_is_harmless_is_accepted(http: httpx.AsyncClient, change: dic
         (b"null", "expected object"),
         (b"{}", "missing required field messages"),
         (b'{"messages": [{"role": "user", "content": "\xff"}]}', "not valid JSON"),
-        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "not valid JSON"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "surrogate pair"),
         (b'{"\\ud800": 1}', "not valid JSON"),
         (b'{"messages": NaN}', "not valid JSON"),
         (b'{"messages": [], "temperature": NaN}', "not valid JSON"),

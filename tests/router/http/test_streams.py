@@ -9,6 +9,7 @@ import socket
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
 
 from router.generation import GenerationError, InvalidRequest, Overloaded, Unavailable
 from router.http import connection
@@ -60,7 +61,7 @@ ERRORS = [
 @pytest.mark.parametrize(("error", "status", "kind", "retry_after"), ERRORS)
 @pytest.mark.parametrize("body", [{}, {"stream": True}, {"n": 2, "stream": True}])
 async def test_an_error_before_the_first_token_is_an_http_error(
-    http: httpx.AsyncClient,
+    app: FastAPI,
     dispatcher: FakeDispatcher,
     error: GenerationError,
     status: int,
@@ -69,12 +70,15 @@ async def test_an_error_before_the_first_token_is_an_http_error(
     body: dict,
 ) -> None:
     dispatcher.error = error
-    response = await http.post(CHAT, json={**HELLO, **body})
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(base_url="http://router", transport=transport) as http:
+        response = await http.post(CHAT, json={**HELLO, **body})
+        ended = await outcomes(http)
     assert response.status_code == status
     assert response.json()["error"]["message"] == error.message
     assert response.json()["error"]["type"] == kind
     assert response.headers.get("retry-after") == retry_after
-    assert await outcomes(http) == {kind: 1.0}
+    assert ended == {kind: 1.0}
     await dispatcher.until_idle()
 
 
