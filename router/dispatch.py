@@ -119,9 +119,10 @@ class Dispatcher:
                     self._start_prefill(request, attempt, choice, ticket)
                     while request.finish_reason is None:
                         chunk = request.accept(await attempt.next_delta(len(request.output)))
+                        if request.finish_reason is not None:
+                            outcome = "finished"  # now: the reader need not come back after the last chunk
                         if chunk is not None:
                             yield chunk
-                    outcome = "finished"
                 except AttemptFailed as failure:
                     outcome = failure.code
                     self._learn(request, failure)

@@ -52,6 +52,19 @@ async def test_the_last_chunk_tells_how_it_ended(valkey):
         await cluster.at_rest()
 
 
+async def test_a_reader_that_stops_at_the_last_chunk(valkey):
+    async with FakeCluster(valkey.url) as cluster:
+        await cluster.start()
+        stream = cluster.dispatcher.generate(generation())
+        async for chunk in stream:
+            if chunk.finish_reason is not None:
+                break
+        await stream.aclose()
+        assert cluster.metric("headrace_dispatch_placements_total", outcome="finished") == 1
+        assert "Cancel" not in cluster["d0"].seen
+        await cluster.at_rest()
+
+
 async def test_a_short_prompt_is_prefilled_by_d(valkey):
     async with FakeCluster(valkey.url) as cluster:
         await cluster.start()
