@@ -28,6 +28,7 @@ _LOCAL_ENVIRONMENT = {
     "RAY_prestart_worker_first_driver": "0",  # idle processes would fight for the cores while Ray starts
     "RAY_enable_worker_prestart": "0",
     "RAY_enable_metrics_collection": "0",
+    "SPT_NOENV": "1",  # Ray's process titles must not overwrite the environment, by which we know our processes
     "RAY_task_events_report_interval_ms": "0",
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "120",  # on a busy machine the default gives up
 }

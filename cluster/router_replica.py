@@ -10,6 +10,7 @@ import asyncio
 import concurrent.futures
 import importlib
 import logging
+import os
 import socket
 import threading
 from typing import Any, Protocol
@@ -107,6 +108,8 @@ class RouterReplica:
         self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
         router: RouterLike = self._make_router(self._settings)
         await router.start()
+        http = self._settings.router.http
+        logger.info("listening on %s:%d (pid %d)", http.host, http.port, os.getpid())
         self._up.set_result(None)
         try:
             await self._over.wait()

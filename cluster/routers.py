@@ -47,7 +47,7 @@ class Routers:
                 num_replicas=self._replicas,
                 ray_actor_options={"num_cpus": 0},
                 health_check_period_s=1.0,
-                health_check_timeout_s=10.0,
+                health_check_timeout_s=3.0,
                 graceful_shutdown_wait_loop_s=0.1,
                 graceful_shutdown_timeout_s=10.0,
                 logging_config=quiet,
