@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels.reference import AttentionBatch, AttentionPlan, Scratch, rms_norm, rope_rotate, silu_mul
 from workers.models.checkpoint import read_json
+from workers.models.head import Head
 from workers.models.linear import make_linear
 from workers.models.rope import RopeTable
 from workers.models.spec import DecoderSpec
@@ -39,8 +40,8 @@ class Decoder:
         self._embedding = weights.embedding
         self._rope = RopeTable(spec.rope, spec.head_dim, self.max_positions, self.dtype, self.device)
         self._layers = [_Layer(spec, index, layer) for index, layer in enumerate(weights.layers)]
-        self._final_norm = weights.final_norm
-        self._head = make_linear(weights.head)
+        self._final_norm = weights.final_norm.float()
+        self._head = Head(weights.head)
         self._scratch = Scratch()
 
     def new_kv_cache(self, num_blocks: int, block_size: int) -> Tensor:
@@ -65,16 +66,17 @@ class Decoder:
         """
         attention = AttentionPlan(batch, kv_cache, self._scratch)
         cos, signed_sin = self._rope.at(positions)
-        x = self._embedding.index_select(0, token_ids)
+        # The residual stream is float32: its sums over all layers are where 16 bits lose most.
+        x = self._embedding.index_select(0, token_ids).float()
         for layer in self._layers[:-1]:
             x = layer(x, cos, signed_sin, attention, None)
         x = self._layers[-1](x, cos, signed_sin, attention, rows)
-        return rms_norm(x, self._final_norm, self.spec.norm_eps)
+        return rms_norm(x, self._final_norm, self.spec.norm_eps).to(self.dtype)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden] after the final norm -> float32 [R, vocab]."""
-        return self._head(hidden).float()
+        return self._head(hidden)
 
 
 HeadsNorm = Callable[[Tensor], Tensor]  # [T, num_heads + num_kv_heads, head_dim] -> the same
@@ -87,7 +89,8 @@ class _Layer:
         self._scale = spec.scale
         self._window = spec.windows[index]
         self._num_heads, self._num_kv_heads, self._head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        self._input_norm, self._mlp_norm = weights.input_norm, weights.mlp_norm
+        self._dtype = weights.qkv.dtype
+        self._input_norm, self._mlp_norm = weights.input_norm.float(), weights.mlp_norm.float()
         self._qkv = make_linear(weights.qkv, weights.qkv_bias)
         self._output = make_linear(weights.output, weights.output_bias)
         self._gate_up = make_linear(weights.gate_up, weights.gate_up_bias)
@@ -98,7 +101,7 @@ class _Layer:
         self, x: Tensor, cos: Tensor, signed_sin: Tensor, attention: AttentionPlan, rows: Tensor | None
     ) -> Tensor:
         """x [T, hidden] -> [T, hidden], or the given rows of it."""
-        qkv = self._qkv(rms_norm(x, self._input_norm, self._eps)).view(x.shape[0], -1, self._head_dim)
+        qkv = self._qkv(self._normed(x, self._input_norm)).view(x.shape[0], -1, self._head_dim)
         qk, v = qkv[:, : -self._num_kv_heads], qkv[:, -self._num_kv_heads :]
         qk = rope_rotate(self._heads_norm(qk), cos, signed_sin)
         attention.write(self._index, qk[:, self._num_heads :], v)
@@ -106,7 +109,10 @@ class _Layer:
         if rows is not None:
             x, seen = x.index_select(0, rows), seen.index_select(0, rows)
         x = x + self._output(seen.flatten(1))
-        return x + self._down(silu_mul(self._gate_up(rms_norm(x, self._mlp_norm, self._eps))))
+        return x + self._down(silu_mul(self._gate_up(self._normed(x, self._mlp_norm))))
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight, self._eps).to(self._dtype)
 
 
 def _heads_norm(spec: DecoderSpec, weights: LayerWeights) -> HeadsNorm:

@@ -1,0 +1,34 @@
+"""From hidden states to logits.
+
+In 16 bits a logit near 25 has a step of 0.125, so the best tokens often come out equal and argmax takes the one with
+the lower id. The GEMM therefore runs in 16 bits, and the logits that decide, the best of each row, are computed once
+more in float32: a fraction of the cost of a float32 head (SmolLM2 at 16 rows: 1 ms instead of 3 ms, and no second copy
+of the matrix).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from workers.models.linear import make_linear
+
+_REFINED = 64  # per row; the true best is among them unless so many lie within one rounding step of it
+
+
+class Head:
+    """weight [vocab, hidden]."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._multiply = make_linear(weight)
+        self._weight = weight if weight.dtype != torch.float32 else None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[R, hidden] after the final norm -> float32 [R, vocab]."""
+        logits = self._multiply(hidden).float()
+        if self._weight is None or not len(logits):
+            return logits
+        best = logits.topk(min(_REFINED, logits.shape[-1]), dim=-1).indices
+        rows = self._weight[best].float()  # [R, _REFINED, hidden]
+        exact = torch.bmm(rows, hidden.float().unsqueeze(-1)).squeeze(-1)
+        return logits.scatter_(-1, best, exact)
