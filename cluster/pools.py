@@ -128,7 +128,7 @@ class RayPools:
 
         ray.kill(life.actor, no_restart=True)
         if life.pid and self.host_of[worker_id] == ray.get_runtime_context().get_node_id():
-            # Ray asks the process to leave; one that is stopped would never hear it.
+            # Ray gives a process that does not answer five seconds; a new life need not wait beside the old one.
             try:
                 os.kill(life.pid, signal.SIGKILL)
             except ProcessLookupError:
