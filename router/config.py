@@ -26,16 +26,22 @@ class PolicyConfig(Section):
     """Weights of the cost of a worker, in tokens of work (router/policy.py)."""
 
     local_prefill_max: int = Field(
-        64, ge=0, description="a prompt with at most this many uncached tokens is prefilled by the decode worker"
+        64,
+        ge=0,
+        description="a prompt with at most this many uncached tokens is prefilled by the decode worker",
     )
     cache_credit: float = Field(1.0, ge=0, le=1, description="how much a cached token lowers the cost")
-    decode_block_weight: float = Field(1.0, ge=0, description="cost of one KV block in use on a decode worker")
+    decode_block_weight: float = Field(
+        1.0, ge=0, description="cost of one KV block in use on a decode worker"
+    )
 
 
 class AdmissionConfig(Section):
     max_queue: int = Field(1024, ge=0, description="requests that may wait for room; beyond it 429")
     queue_timeout_s: float = Field(60.0, gt=0, description="seconds a request may wait for room before 503")
-    max_attempts: int = Field(8, ge=1, description="placements tried for one request when workers die under it")
+    max_attempts: int = Field(
+        8, ge=1, description="placements tried for one request when workers die under it"
+    )
 
 
 class RouterConfig(Section):
