@@ -40,6 +40,9 @@ class WorkerActor:
         # Before anything imports torch: its thread pools read these when they are loaded.
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ[name] = str(num_threads)
+        # Threads that spin while they wait take the cores from the other workers of the host: two workers with two
+        # threads each on two cores then take fifty times as long for a step.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self._log_level = log_level
         self._worker_class = worker_class
