@@ -12,6 +12,7 @@ import msgspec
 
 from cluster.logs import set_up_logging
 from workers.config import WorkerConfig
+from workers.environment import limit_libraries
 from workers.protocol.messages import WorkerInfo
 
 logger = logging.getLogger(__name__)
@@ -37,13 +38,7 @@ class WorkerActor:
     """
 
     def __init__(self, num_threads: int, log_level: str, worker_class: str = WORKER_CLASS) -> None:
-        # Before anything imports torch: its thread pools read these when they are loaded.
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-            os.environ[name] = str(num_threads)
-        # Threads that spin while they wait take the cores from the other workers of the host: two workers with two
-        # threads each on two cores then take fifty times as long for a step.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        limit_libraries(num_threads)
         self._log_level = log_level
         self._worker_class = worker_class
         self._worker: WorkerLike | None = None

@@ -39,6 +39,9 @@ class PolicyConfig(Section):
 class AdmissionConfig(Section):
     max_queue: int = Field(1024, ge=0, description="requests that may wait for room; beyond it 429")
     queue_timeout_s: float = Field(60.0, gt=0, description="seconds a request may wait for room before 503")
+    stall_timeout_s: float = Field(
+        300.0, gt=0, description="seconds a living worker may say nothing of a request it has taken"
+    )
     max_attempts: int = Field(
         8, ge=1, description="placements tried for one request when workers die under it"
     )

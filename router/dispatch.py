@@ -36,8 +36,7 @@ _METRICS_TIMEOUT_S = 1.0
 class Dispatcher:
     """One router replica's way to the workers. Implements router.generation.Dispatcher.
 
-    `lease_s`: how long a decode worker holds blocks without progress of the hand-over. `stall_timeout_s`: how long a
-    worker that is alive may say nothing at all about a request it has taken.
+    `lease_s`: how long a decode worker holds blocks without progress of the hand-over.
     """
 
     def __init__(
@@ -49,7 +48,6 @@ class Dispatcher:
         redis_url: str,
         router_id: str | None = None,
         lease_s: float = 10.0,
-        stall_timeout_s: float = 120.0,
         poll_s: float = 0.25,
         metrics: DispatchMetrics | None = None,
         rng: random.Random | None = None,
@@ -75,7 +73,7 @@ class Dispatcher:
         self._max_attempts = config.admission.max_attempts
         self._lease_s = lease_s
         self._answer_timeout_s = 5 * config.timeout_s
-        self._stall_timeout_s = stall_timeout_s
+        self._stall_timeout_s = config.admission.stall_timeout_s
         self._serials = itertools.count(1)
         self._in_flight = 0
         self.metrics.waiting.set_function(lambda: self.admission.waiting)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 
 from workers.protocol.messages import Role
 
@@ -38,6 +38,15 @@ class EngineConfig(Section):
     num_threads: int | None = Field(
         None, ge=1, description="CPU threads of the kernels; null: cores / workers"
     )
+
+    @model_validator(mode="after")
+    def _a_token_for_each(self) -> Self:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}): every running request takes one token of each step"
+            )
+        return self
 
 
 class TransferConfig(Section):

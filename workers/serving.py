@@ -38,6 +38,9 @@ from workers.transfer.tickets import Arrival, Tickets
 logger = logging.getLogger(__name__)
 
 _IDLE_S = 0.1  # a queue that could not move is looked at again after this, whatever happens
+_STUCK_S = (
+    120.0  # a step that takes longer will not end: a chunk of an 8B model on one core takes about one minute
+)
 
 CacheSink = Callable[[list[tuple[bytes, bytes]], list[bytes]], None]
 
@@ -69,6 +72,7 @@ class Serving:
         self._owners: dict[str, Owner] = {}
         self._wake = threading.Event()
         self._stopping = False
+        self._last_turn = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.failure: BaseException | None = None  # what ended the engine thread
         self.tickets = Tickets(engine, config.worker_id, config.epoch, self._committed, self._ticket_lost)
@@ -79,6 +83,7 @@ class Serving:
             worker_id=config.worker_id,
             secret=config.secret.encode(),
             on_end=self._handoff_ended,
+            computing=self._computing,
         )
 
     def start(self) -> None:
@@ -141,7 +146,8 @@ class Serving:
             try:
                 self._engine.check(work, prefill_only=True)
             except CannotServe as error:
-                owner.send(Failed(work.request_id, "invalid", str(error)))
+                # Not "invalid": the decode worker could serve it, so the client has made no mistake.
+                owner.send(Failed(work.request_id, "transfer_failed", str(error)))
                 return
             if ticket.layout != self._engine.layout:
                 reason = f"{ticket.worker_id} wants {ticket.layout}, blocks here are {self._engine.layout}"
@@ -278,7 +284,7 @@ class Serving:
         try:
             while not self._stopping:
                 self._wake.clear()
-                began = time.monotonic()
+                began = self._last_turn = time.monotonic()
                 try:
                     worked = self._engine.step(self._deliver)
                 except StepFailed as error:
@@ -293,6 +299,9 @@ class Serving:
             self.failure = error
             logger.exception("the engine thread died")
             raise
+
+    def _computing(self) -> bool:
+        return time.monotonic() - self._last_turn < _STUCK_S
 
     def _step_failed(self, error: StepFailed) -> None:
         """A request must not take the worker down with it: those of the step fail aloud, the others go on."""

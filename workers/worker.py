@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import sys
 import threading
-from pathlib import Path
 
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
@@ -147,22 +144,3 @@ class Worker:
         with self.engine.lock:
             self.serving.publish_cache()
             return self.engine.pool.cached_hashes()
-
-
-def main(arguments: list[str]) -> int:
-    if len(arguments) != 1:
-        sys.stderr.write("usage: python -m workers.worker CONFIG.json\n")
-        return 2
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    worker = Worker(WorkerConfig.model_validate_json(Path(arguments[0]).read_text()))
-    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=worker.stop).start())
-    signal.signal(signal.SIGINT, lambda *_: threading.Thread(target=worker.stop).start())
-    info = worker.start()
-    sys.stdout.write(f"{info.address}\n")
-    sys.stdout.flush()
-    worker.wait()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

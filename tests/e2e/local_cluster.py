@@ -135,9 +135,9 @@ class LocalCluster:
         path = Path(self._directory.name) / f"{worker_id}.json"
         path.write_text(json.dumps(config))
         log = (Path(self._directory.name) / f"{worker_id}.log").open("ab")
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
         process.popen = subprocess.Popen(
-            [sys.executable, "-m", "workers.worker", str(path)],
+            [sys.executable, "-m", "workers", str(path)],
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=ROOT,

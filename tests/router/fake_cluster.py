@@ -28,7 +28,6 @@ class FakeCluster:
         admission: AdmissionConfig | None = None,
         timeout_s: float = 1.0,
         lease_s: float = 1.0,
-        stall_timeout_s: float = 5.0,
     ) -> None:
         self.redis_url = redis_url
         self.peers: dict[str, FakeWorker] = {}  # workers that are alive
@@ -41,7 +40,7 @@ class FakeCluster:
         self.dispatcher = Dispatcher(
             RouterConfig(
                 policy=policy or PolicyConfig(),
-                admission=admission or AdmissionConfig(queue_timeout_s=10),
+                admission=admission or AdmissionConfig(queue_timeout_s=10, stall_timeout_s=5),
                 heartbeat_s=0.1,
                 timeout_s=timeout_s,
             ),
@@ -49,7 +48,6 @@ class FakeCluster:
             secret=SECRET.decode(),
             redis_url=redis_url,
             lease_s=lease_s,
-            stall_timeout_s=stall_timeout_s,
             poll_s=0.03,
             metrics=DispatchMetrics(self.registry),
             rng=random.Random(0),

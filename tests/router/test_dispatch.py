@@ -280,7 +280,7 @@ async def test_too_many_failures_are_unavailable(valkey, monkeypatch):
 
 
 async def test_a_worker_that_takes_a_request_and_forgets_it(valkey):
-    async with FakeCluster(valkey.url, stall_timeout_s=0.2) as cluster:
+    async with FakeCluster(valkey.url, admission=AdmissionConfig(stall_timeout_s=0.2)) as cluster:
         await cluster.start(decodes=2, prefills=0, step_s=0.01)
         forgot = once("accepted", "forget")
 

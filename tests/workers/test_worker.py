@@ -244,6 +244,22 @@ def test_workers_that_do_not_fit_each_other_say_how(start: Start) -> None:
     until(lambda: at_rest(p))
 
 
+def test_a_prefill_worker_too_small_for_the_prompt_is_no_fault_of_the_client(start: Start) -> None:
+    d, p = start("decode"), start("prefill", num_blocks=3)
+    to_d, to_p = Client(d.info.address), Client(p.info.address)
+    w = work(list(range(3, 60)))
+    to_d.send(remote(w))
+    to_p.send(Prefill(w, to_d.next(Ticketed).ticket))
+    failed = to_p.next(Failed)
+    assert failed.code == "transfer_failed"
+    assert "48 tokens that this worker can hold" in failed.message
+
+
+def test_a_context_that_the_model_has_not_is_refused(start: Start) -> None:
+    with pytest.raises(ValueError, match=r"max_model_len is 1000, but the model goes up to 512"):
+        start(max_model_len=1000)
+
+
 def test_a_ticket_for_another_prompt_is_refused(start: Start) -> None:
     d, p = start("decode"), start("prefill")
     to_d, to_p = Client(d.info.address), Client(p.info.address)

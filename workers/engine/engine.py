@@ -7,6 +7,7 @@ reservations, commits, cancels and the reaper act at once, even in the middle of
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from workers.models.catalog import PreparedModel
 from workers.models.decoder import Decoder, load_decoder
 from workers.protocol.hashes import hash_root
 from workers.protocol.messages import FinishReason, KvLayout, Load, Sampling, TokenLogprobs, Work
+
+logger = logging.getLogger(__name__)
 
 
 class CannotServe(ValueError):
@@ -47,10 +50,9 @@ class Completion:
 
 class Engine:
     def __init__(self, config: EngineConfig, model: PreparedModel) -> None:
-        if config.max_num_batched_tokens < config.max_num_seqs:
+        if (config.max_model_len or 0) > model.max_model_len:
             raise ValueError(
-                f"engine.max_num_batched_tokens ({config.max_num_batched_tokens}) must be at least "
-                f"engine.max_num_seqs ({config.max_num_seqs}): every running request takes one token of each step"
+                f"engine.max_model_len is {config.max_model_len}, but the model goes up to {model.max_model_len}"
             )
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
@@ -58,10 +60,21 @@ class Engine:
         dtype = _choose_dtype(config.dtype)
         decoder = load_decoder(model.path, dtype, device, max_positions=model.max_model_len)
         self.layout = kv_layout(decoder, config.block_size, model.fingerprint)
-        self.num_blocks = config.num_blocks or max(1, int(config.kv_cache_memory) // self.layout.block_bytes)
-        self.max_model_len = min(
-            config.max_model_len or model.max_model_len, self.num_blocks * config.block_size
-        )
+        self.num_blocks = config.num_blocks or int(config.kv_cache_memory) // self.layout.block_bytes
+        if self.num_blocks == 0:
+            raise ValueError(
+                f"engine.kv_cache_memory is {int(config.kv_cache_memory)} bytes, one KV block of this model has "
+                f"{self.layout.block_bytes}"
+            )
+        wanted, held = config.max_model_len or model.max_model_len, self.num_blocks * config.block_size
+        self.max_model_len = min(wanted, held)
+        if held < wanted:
+            logger.warning(
+                "the KV cache holds %d tokens, less than the context of %d: longer requests are refused; "
+                "raise engine.kv_cache_memory",
+                held,
+                wanted,
+            )
         self.vocab_size = model.vocab_size
         self.max_num_seqs = config.max_num_seqs
         self.hash_root = hash_root(model.fingerprint, self.layout.dtype, config.block_size)

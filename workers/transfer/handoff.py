@@ -75,6 +75,7 @@ class Handoffs:
         worker_id: str,
         secret: bytes,
         on_end: Callable[[Handoff, FailureCode | None, str], None],
+        computing: Callable[[], bool] = lambda: True,
     ) -> None:
         self._engine = engine
         self._memory = memory
@@ -82,6 +83,7 @@ class Handoffs:
         self._worker_id = worker_id
         self._secret = secret
         self._on_end = on_end  # called under the lock, once for each hand-over that was not cancelled
+        self._computing = computing  # False: the engine is stuck, requests here make no progress
         self._by_request: dict[str, Handoff] = {}
         self._peers: dict[tuple[str, int], _Peer] = {}
         self._stopping = threading.Event()
@@ -293,8 +295,10 @@ class Handoffs:
     # --- leases -----------------------------------------------------------------------------------------------------
 
     def _keep_leases(self) -> None:
-        """Tell decode workers that requests which wait or compute here are alive."""
+        """Tell decode workers that requests which wait or compute here are alive, as long as anything moves here."""
         while not self._stopping.wait(min(1.0, self._config.lease_s / 4)):
+            if not self._computing():
+                continue
             with self._engine.lock:
                 for peer in self._peers.values():
                     waiting = [
