@@ -108,3 +108,51 @@ async def test_without_prefill_workers_the_decode_worker_does_it_all(
         cluster.launch("prefill-0")
         await cluster.wait_for_workers()
         await cluster.assert_at_rest()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+async def test_a_death_every_two_seconds(model: Path) -> None:
+    """300 sampled streams while a random worker is killed every two seconds: each is whole, token for token."""
+    rng = random.Random(7)
+    prompts = [[rng.randrange(3, 250) for _ in range(rng.randrange(20, 400))] for _ in range(300)]
+    torch.set_num_threads(1)
+    engine = Engine(EngineConfig(dtype="float32", num_blocks=4096), prepare_model(str(model)))
+    sampling = [Sampling(max_tokens=TOKENS, seed=i, ignore_eos=True) for i in range(len(prompts))]
+    expected = [completion.tokens for completion in engine.generate(prompts, sampling)]
+    async with LocalCluster(
+        model,
+        prefill=2,
+        decode=2,
+        router={
+            "timeout_s": 1.0,
+            "heartbeat_s": 0.2,
+            "admission": {"max_attempts": 40, "queue_timeout_s": 300},
+        },
+        transfer={"lease_s": 3.0},
+    ) as cluster:
+        gate = asyncio.Semaphore(24)
+        deaths = 0
+
+        async def one(i: int) -> Answer:
+            async with gate:
+                return await cluster.ask(
+                    f"r{i}", prompts[i], max_tokens=TOKENS, seed=i, temperature=1.0, ignore_eos=True
+                )
+
+        async def reap() -> None:
+            nonlocal deaths
+            while True:
+                await asyncio.sleep(2.0)
+                victim = rng.choice(sorted(cluster.processes))
+                cluster.kill(victim)
+                cluster.launch(victim)
+                deaths += 1
+
+        reaper = asyncio.create_task(reap())
+        answers = await asyncio.gather(*(one(i) for i in range(len(prompts))))
+        reaper.cancel()
+        assert [a.tokens for a in answers] == expected
+        assert deaths >= 5
+        await cluster.wait_for_workers()
+        await cluster.assert_at_rest()
