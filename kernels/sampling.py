@@ -16,6 +16,9 @@ import torch
 # Noise is drawn from u in [2**-33, 1 - 2**-33], so it lies in [-3.14, 22.88]: a token this much below the best one
 # can't win and need not be drawn for.
 _NOISE_SPAN = 26.1
+# Below this a draw is an argmax: the best token wins unless another is within 0.0003 of it, and dividing by much less
+# would overflow float32, where all large logits become the same infinity.
+_COLDEST = 1e-5
 _MASK32 = 0xFFFFFFFF
 
 
@@ -68,8 +71,8 @@ def sample(
     seed: int,
     position: int,
 ) -> int:
-    """One token from `logits` [vocab] (float32, penalties and bias applied). temperature 0 is argmax."""
-    if temperature == 0.0:
+    """One token from `logits` [vocab] (float32, penalties and bias applied). temperature 0, or nearly, is argmax."""
+    if temperature < _COLDEST:
         return int(torch.argmax(logits))
     scaled = logits / temperature
     ids = candidates(scaled, top_k, top_p, min_p)

@@ -34,6 +34,14 @@ def test_temperature_sharpens_as_the_formula_says() -> None:
     assert share == pytest.approx(1 / (1 + math.exp(-2)), abs=0.015)
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-6, 1e-38, 1e-300])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_temperature_next_to_zero_is_greedy(temperature: float, top_p: float) -> None:
+    logits = 4 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    for row in (logits, logits - 100, 100 * logits):
+        assert draw(row, 0, temperature=temperature, top_p=top_p) == int(row.argmax())
+
+
 def test_a_draw_hangs_on_seed_and_position_alone() -> None:
     logits = torch.randn(500, generator=torch.Generator().manual_seed(1))
     first = [draw(logits, p) for p in range(50)]
