@@ -96,13 +96,16 @@ class Scheduler:
     def reserve(self, request: Request) -> int | None:
         """Hold blocks for all known tokens of a request whose KV comes from elsewhere.
 
-        Returns the number of leading blocks that the prefix cache already holds, or None without room.
+        Returns the number of leading blocks that the prefix cache already holds, or None without room. Seats and
+        blocks that waiting requests need are not taken: else those that were preempted would wait for as long as new
+        ones come.
         """
         self._admit(request)
         matched = self._match(request)
         missing = self._blocks_for(request.num_tokens) - len(matched)
-        no_seat = self.num_seats_taken >= self.max_num_seqs
-        if no_seat or missing > self.pool.num_available(matched):
+        no_seat = self.num_seats_taken + len(self.waiting) >= self.max_num_seqs
+        wanted = sum(self._blocks_for(other.num_tokens) for other in self.waiting)
+        if no_seat or missing + wanted > self.pool.num_available(matched):
             del self.requests[request.request_id]
             return None
         self._take(request, matched)

@@ -157,6 +157,27 @@ def test_reserve_refuses_without_room_and_holds_nothing() -> None:
     assert scheduler.pool.num_referenced == 0
 
 
+def test_new_reservations_leave_room_for_those_that_were_preempted() -> None:
+    scheduler = make_scheduler(num_blocks=8)
+    for name in ("old", "young"):
+        request = make_request(name, [ord(name[0])] * 15, max_tokens=12)
+        scheduler.reserve(request)
+        scheduler.commit(request, 1, None, 0)
+    while scheduler.preemptions == 0:
+        plan = scheduler.schedule()
+        scheduler.update(plan, run(plan))
+    assert [request.request_id for request in scheduler.waiting] == ["young"]
+    for step in range(200):
+        if "young" not in scheduler.requests:
+            break
+        newcomer = make_request(f"new{step}", [100 + step] * 7, max_tokens=8)
+        if scheduler.reserve(newcomer) is not None:
+            scheduler.commit(newcomer, 1, None, 0)
+        plan = scheduler.schedule()
+        scheduler.update(plan, run(plan))
+    assert "young" not in scheduler.requests, "it has found no room while others came and went"
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Any mix of arrivals, reservations, commits, cancels and steps: tokens stay right and nothing leaks."""
 
