@@ -21,7 +21,10 @@ class ChatError(Exception):
 
 @dataclass
 class Chat:
-    """The history and how it is continued. `model` is asked of the server when it is not given."""
+    """The history and how it is continued. `model` is asked of the server when it is not given.
+
+    Raises ChatError when `url` is no address.
+    """
 
     url: str
     model: str | None = None
@@ -32,9 +35,12 @@ class Chat:
 
     def __post_init__(self) -> None:
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        self._client = httpx.Client(
-            base_url=self.url, headers=headers, timeout=httpx.Timeout(10.0, read=300.0), trust_env=False
-        )
+        try:
+            self._client = httpx.Client(
+                base_url=self.url, headers=headers, timeout=httpx.Timeout(10.0, read=300.0), trust_env=False
+            )
+        except httpx.InvalidURL as error:
+            raise ChatError(f"{self.url} is no address: {error}") from error
         self.reset()
 
     def reset(self) -> None:
@@ -48,7 +54,10 @@ class Chat:
             raise ChatError(f"no cluster answers at {self.url}: {error}") from error
         if answer.status_code != 200:
             raise ChatError(_refusal(answer))
-        names = [entry["id"] for entry in answer.json()["data"]]
+        try:
+            names = [entry["id"] for entry in answer.json()["data"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ChatError(f"{self.url} is not a Headrace router") from error
         if not names:
             raise ChatError(f"{self.url} serves no model yet")
         if self.model is not None and self.model not in names:

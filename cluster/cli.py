@@ -210,13 +210,14 @@ def chat(
     from cluster.chat import Chat, ChatError, converse
 
     options = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
-    conversation = Chat(
-        _find_url(url, cluster),
-        model,
-        system,
-        api_key,
-        {name: value for name, value in options.items() if value is not None},
-    )
+    with _told(ChatError):
+        conversation = Chat(
+            _find_url(url, cluster),
+            model,
+            system,
+            api_key,
+            {name: value for name, value in options.items() if value is not None},
+        )
     try:
         with _told(ChatError):
             conversation.connect()

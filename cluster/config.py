@@ -27,6 +27,10 @@ def _cluster_name(name: str) -> str:
 def _redis_url(url: str | None) -> str | None:
     if url is not None and not re.match(r"(rediss?|unix)://.", url):
         raise ValueError("must begin with redis://, rediss:// or unix://")
+    if url is not None:
+        from redis.connection import parse_url
+
+        parse_url(url)  # raises ValueError
     return url
 
 

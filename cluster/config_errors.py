@@ -34,26 +34,39 @@ def explain(
     for mistake in error.errors(include_url=False):
         path = tuple(str(part) for part in mistake["loc"])
         place = where(path)
-        line = _line(".".join(path), mistake, names)
+        came = "the value" if _is_secret(path, root) else f"{mistake['input']!r:.60}"
+        line = _line(".".join(path), mistake, came, names)
         lines.append(f"{place}: {line}" if place else line)
     return lines
 
 
-def _line(name: str, mistake: Any, names: list[str]) -> str:
-    kind, came = mistake["type"], mistake["input"]
+def _is_secret(path: tuple[str, ...], model: type[BaseModel]) -> bool:
+    """What `headrace config` masks is not shown in messages either: they end up in logs."""
+    for name in path:
+        field = model.model_fields.get(name)
+        if field is None or field.repr is False:
+            return field is not None
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return False
+        model = field.annotation
+    return False
+
+
+def _line(name: str, mistake: Any, came: str, names: list[str]) -> str:
+    kind = mistake["type"]
     if kind == "extra_forbidden":
         nearest = nearest_name(name, names)
         return f"{name}: no such setting" + (f"; did you mean {nearest}?" if nearest else "")
     if kind == "value_error" and not name:  # a rule between settings names them itself
         return str(mistake["ctx"]["error"])
     if kind in ("model_type", "model_attributes_type"):
-        return f"{name}: is a section, it takes settings below it, not {came!r:.60}"
+        return f"{name}: is a section, it takes settings below it, not {came}"
     if kind == "value_error":
-        return f"{name}: {came!r:.60} is not allowed: {mistake['ctx']['error']}"
+        return f"{name}: {came} is not allowed: {mistake['ctx']['error']}"
     if kind.startswith("byte_size"):
-        return f"{name}: {came!r:.60} is not allowed: must be a number of bytes, e.g. 512MiB or 2GiB"
+        return f"{name}: {came} is not allowed: must be a number of bytes, e.g. 512MiB or 2GiB"
     allowed = mistake["msg"].partition(" should ")[2] or mistake["msg"]  # "String should have at least ..."
-    return f"{name}: {came!r:.60} is not allowed: must {allowed}"
+    return f"{name}: {came} is not allowed: must {allowed}"
 
 
 def nearest_name(name: str, names: list[str]) -> str | None:

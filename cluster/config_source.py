@@ -43,7 +43,7 @@ def read_source(path: Path) -> Source:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise ConfigError([f"{path}{line}: not valid YAML: {error.problem or error.context}"]) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none
         raise ConfigError([f"{path}: not valid YAML: {error}"]) from None
     if root is None or data is None:
         return Source({}, {})
@@ -79,7 +79,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
         raise ConfigError([f"--set {text}: expected NAME=VALUE, e.g. --set router.http.port=8080"])
     try:
         return name.strip(), yaml.safe_load(value) if value.strip() else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise ConfigError([f"--set {text}: the value is not valid YAML; quote it if it is text"]) from None
 
 

@@ -35,7 +35,7 @@ class Leases:
         """Raises ConnectionError when Redis does not answer: asked once, before workers are started."""
         try:
             self._client.ping()
-        except self._errors as error:
+        except (*self._errors, TypeError) as error:  # TypeError: an unknown option behind the URL's `?`
             raise ConnectionError(str(error)) from error
 
     def read(self) -> dict[str, int] | None:

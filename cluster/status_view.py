@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -22,17 +23,19 @@ class StatusError(Exception):
 
 def fetch_status(url: str, api_key: str | None = None) -> dict[str, Any]:
     """GET {url}/cluster. Raises StatusError."""
-    request = urllib.request.Request(f"{url.rstrip('/')}/cluster")
-    if api_key:
-        request.add_header("Authorization", f"Bearer {api_key}")
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    direct = urllib.request.build_opener(
+        urllib.request.ProxyHandler({})
+    )  # as `headrace chat`: never by a proxy
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+        request = urllib.request.Request(f"{url.rstrip('/')}/cluster", headers=headers)
+        with direct.open(request, timeout=_TIMEOUT_S) as answer:
             status = json.load(answer)
     except urllib.error.HTTPError as error:
         if error.code == 401:
             raise StatusError(f"{url} wants an API key: pass --api-key or set HEADRACE_API_KEY") from error
         raise StatusError(f"{url}/cluster answered {error.code} {error.reason}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise StatusError(f"no cluster answers at {url}: {reason}") from error
     if not isinstance(status, dict):

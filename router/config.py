@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from pydantic import ByteSize, Field
+from typing import Annotated
+
+from pydantic import AfterValidator, ByteSize, Field
 
 from workers.config import Section
+
+
+def _api_key(key: str) -> str:
+    if not key or not all("!" <= char <= "~" for char in key):  # an empty one would let everybody in
+        raise ValueError("must be one or more printable ASCII characters without spaces")
+    return key
 
 
 class HttpConfig(Section):
     host: str = Field("127.0.0.1", description="address the HTTP server binds")
     port: int = Field(8000, ge=0, le=65535, description="0: any free port")
     max_body: ByteSize = Field(ByteSize(4 * 1024**2), gt=0, description="largest request body, e.g. 4MiB")
-    api_keys: list[str] = Field(
+    api_keys: list[Annotated[str, AfterValidator(_api_key)]] = Field(
         default=[], repr=False, description="when not empty, every path but /health wants one as Bearer token"
     )
 

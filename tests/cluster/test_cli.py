@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +191,35 @@ def test_status_without_a_cluster() -> None:
     assert result.exit_code == 1
     assert "no cluster answers at http://127.0.0.1:9" in result.output
     assert "Traceback" not in result.output
+
+
+def test_status_of_what_is_no_router(api: ApiServer) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:  # a gRPC port, say
+        port = other.getsockname()[1]
+
+        def answer() -> None:
+            connection, _ = other.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"\0\0\6\4" + bytes(9))
+
+        threading.Thread(target=answer, daemon=True).start()
+        for url in (f"http://127.0.0.1:{port}", "http://localhost:80a0", "http://[::1"):
+            for command in ("status", "chat"):
+                if command == "chat" and url.endswith(str(port)):
+                    continue  # answered once
+                result = run(command, "--url", url)
+                assert (result.exit_code, result.exception.__class__) == (1, SystemExit)
+                assert url in result.output
+    api.answers["/v1/models"] = lambda body: (200, "<html>")
+    assert "is not a Headrace router" in run("chat", "--url", api.url).output
+
+
+def test_status_goes_by_no_proxy(api: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    api.says("/cluster", STATUS)
+    assert run("status", "--url", api.url).exit_code == 0
 
 
 def test_down_without_a_cluster() -> None:

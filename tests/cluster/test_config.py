@@ -111,6 +111,14 @@ def test_unknown_settings_are_named_with_the_nearest(tmp_path: Path, text: str, 
         ("cluster", "A b", "cluster: 'A b' is not allowed: must be 1 to 40 lower-case letters"),
         ("ray.address", "ray://head:10001", "must be null, `auto` or host:port"),
         ("redis.url", "http://x", "must begin with redis://, rediss:// or unix://"),
+        ("redis.url", "redis://host:port/0", "redis.url: the value is not allowed: Port could not be cast"),
+        ("redis.url", "redis://[::1", "redis.url: the value is not allowed: Invalid IPv6 URL"),
+        (
+            "router.http.api_keys",
+            [""],
+            "router.http.api_keys.0: the value is not allowed: must be one or more",
+        ),
+        ("router.http.api_keys", ["a b"], "without spaces"),
         ("security.cluster_secret", "short", "must have at least 16 characters"),
     ],
 )
@@ -118,6 +126,28 @@ def test_wrong_values_are_told_with_what_is_allowed(setting: str, value: Any, ex
     (line,) = mistakes(**{setting.replace(".", "__"): value})
     assert line.startswith("command line: ")
     assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("security.cluster_secret", "hunter2"),
+        ("redis.url", "http://:hunter2@host"),
+        ("router.http.api_keys", ["hunter2 "]),
+        ("router.http.api_keys", "hunter2"),
+    ],
+)
+def test_wrong_secrets_are_not_repeated(setting: str, value: Any) -> None:
+    (line,) = mistakes(**{setting.replace(".", "__"): value})
+    assert f"{setting}" in line
+    assert "hunter2" not in line
+
+
+def test_a_date_that_is_none_is_a_mistake_like_any_other(tmp_path: Path) -> None:
+    path = write(tmp_path, "model:\n  name: 2024-13-45\n")
+    assert mistakes(path) == [f"{path}: not valid YAML: month must be in 1..12"]
+    with pytest.raises(ConfigError, match="quote it if it is text"):
+        parse_setting("model.name=2024-13-45")
 
 
 def test_every_mistake_is_listed(tmp_path: Path) -> None:

@@ -9,6 +9,13 @@ from tests.valkey_server import EmbeddedValkey
 from workers.protocol import redis_keys
 
 
+def test_an_option_that_redis_does_not_know_is_told() -> None:
+    leases = Leases("redis://127.0.0.1:9/0?foo=bar", "c", ["decode-0"])
+    with pytest.raises(ConnectionError, match="foo"):
+        leases.check()
+    leases.close()
+
+
 def test_leases_that_are_held(valkey: EmbeddedValkey) -> None:
     leases = Leases(valkey.url, "c", ["a", "b", "broken"])
     leases.check()
