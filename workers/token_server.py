@@ -10,7 +10,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from workers.protocol.frames import ProtocolError, encode, judge_hello, new_challenge, read_frame, to_worker
+from workers.protocol.frames import (
+    MAX_GREETING_BYTES,
+    ProtocolError,
+    encode,
+    judge_hello,
+    new_challenge,
+    read_frame,
+    to_worker,
+)
 from workers.protocol.messages import (
     Cancel,
     Heartbeat,
@@ -173,7 +181,7 @@ class TokenServer:
         assert self._info is not None
         challenge = new_challenge()
         writer.write(encode(challenge))
-        hello = await read_frame(reader, to_worker)
+        hello = await read_frame(reader, to_worker, max_bytes=MAX_GREETING_BYTES)
         answer = judge_hello(self._secret, challenge, hello, self._info)
         writer.write(encode(answer))
         await writer.drain()

@@ -13,6 +13,7 @@ import hmac
 import secrets
 import socket
 import struct
+import time
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -31,6 +32,7 @@ from workers.protocol.messages import (
 )
 
 MAX_FRAME_BYTES = 32 * 1024 * 1024
+MAX_GREETING_BYTES = 64 * 1024  # of a frame of the handshake: the peer is not known yet
 NONCE_BYTES = 32
 
 _LENGTH = struct.Struct("<I")
@@ -72,34 +74,45 @@ def encode(message: Any) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-def _checked_length(header: bytes | bytearray | memoryview) -> int:
+def _checked_length(header: bytes | bytearray | memoryview, max_bytes: int) -> int:
     length: int = _LENGTH.unpack(header)[0]
-    if length > MAX_FRAME_BYTES:
-        raise ProtocolError(f"frame of {length} bytes announced, at most {MAX_FRAME_BYTES} are allowed")
+    if length > max_bytes:
+        raise ProtocolError(f"frame of {length} bytes announced, at most {max_bytes} are allowed")
     return length
 
 
-async def read_frame(reader: asyncio.StreamReader, codec: Codec[M]) -> M:
+async def read_frame(reader: asyncio.StreamReader, codec: Codec[M], *, max_bytes: int = MAX_FRAME_BYTES) -> M:
     """Raises asyncio.IncompleteReadError at the end of the stream, ProtocolError on a bad frame."""
-    length = _checked_length(await reader.readexactly(_LENGTH.size))
+    length = _checked_length(await reader.readexactly(_LENGTH.size), max_bytes)
     return codec.decode(await reader.readexactly(length))
 
 
-def recv_exactly(sock: socket.socket, view: memoryview) -> None:
-    """Fill `view`. Raises ConnectionError when the peer closes, TimeoutError after the socket's time-out."""
+def recv_exactly(sock: socket.socket, view: memoryview, deadline: float | None = None) -> None:
+    """Fill `view`. Raises ConnectionError when the peer closes, TimeoutError after the socket's time-out.
+
+    The time-out is for each piece; with a `deadline` (monotonic) the whole has to be here by then.
+    """
     received = 0
     while received < len(view):
+        if deadline is not None:
+            sock.settimeout(max(deadline - time.monotonic(), 0.001))
         count = sock.recv_into(view[received:])
         if count == 0:
             raise ConnectionError("the peer closed the connection")
         received += count
 
 
-def recv_frame(sock: socket.socket, codec: Codec[M]) -> M:
+def recv_frame(
+    sock: socket.socket,
+    codec: Codec[M],
+    *,
+    max_bytes: int = MAX_FRAME_BYTES,
+    deadline: float | None = None,
+) -> M:
     header = bytearray(_LENGTH.size)
-    recv_exactly(sock, memoryview(header))
-    body = bytearray(_checked_length(header))
-    recv_exactly(sock, memoryview(body))
+    recv_exactly(sock, memoryview(header), deadline)
+    body = bytearray(_checked_length(header, max_bytes))
+    recv_exactly(sock, memoryview(body), deadline)
     return codec.decode(body)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from workers.protocol.frames import (
+    MAX_GREETING_BYTES,
     ProtocolError,
     answer_challenge,
     check_welcome,
@@ -157,7 +158,11 @@ def open_channel(
                 if kind == "tcp":
                     return TcpChannel(sock)
                 arena = Arena(max(arena_bytes, 2 * ticket.layout.block_bytes))
-                send_arena(sock, arena)
+                try:
+                    send_arena(sock, arena)
+                except BaseException:
+                    arena.close()
+                    raise
                 return ShmChannel(sock, arena, timeout_s)
             except BaseException:
                 sock.close()
@@ -187,9 +192,10 @@ def _connect(endpoint: KvEndpoint, timeout_s: float) -> socket.socket:
 
 
 def _handshake(sock: socket.socket, ticket: Ticket, secret: bytes, peer_id: str) -> None:
-    hello = answer_challenge(secret, recv_frame(sock, kv_to_sender), peer_id)
+    challenge = recv_frame(sock, kv_to_sender, max_bytes=MAX_GREETING_BYTES)
+    hello = answer_challenge(secret, challenge, peer_id)
     send_frame(sock, hello)
-    info = check_welcome(secret, hello, recv_frame(sock, kv_to_sender))
+    info = check_welcome(secret, hello, recv_frame(sock, kv_to_sender, max_bytes=MAX_GREETING_BYTES))
     if (info.worker_id, info.epoch) != (ticket.worker_id, ticket.epoch):
         raise ProtocolError(
             f"{info.worker_id}:{info.epoch} answers where the ticket names {ticket.worker_id}:{ticket.epoch}"

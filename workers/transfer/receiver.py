@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import select
 import socket
 import threading
+import time
 
 from workers.protocol.frames import (
+    MAX_GREETING_BYTES,
     ProtocolError,
     judge_hello,
     kv_to_receiver,
@@ -34,6 +37,10 @@ from workers.transfer.tickets import TicketGone, Tickets
 logger = logging.getLogger(__name__)
 
 _SCRATCH_BYTES = 1 << 20
+_MAX_GREETINGS = (
+    64  # peers that have not proved anything yet, each with a thread; one more and the oldest goes
+)
+_ACCEPT_PAUSE_S = 0.1
 _CLOSED = (ConnectionError, TimeoutError, OSError)
 
 
@@ -57,6 +64,7 @@ class Receiver:
         self._info: WorkerInfo | None = None
         self._stopping = False
         self._connections: set[socket.socket] = set()
+        self._greetings: dict[socket.socket, None] = {}  # those in the handshake, oldest first
         self._lock = threading.Lock()
         self._listeners: list[tuple[str, socket.socket]] = []
         self.endpoints: list[KvEndpoint] = []
@@ -92,8 +100,20 @@ class Receiver:
         while not self._stopping:
             try:
                 sock, _ = listener.accept()
-            except OSError:
-                return
+            except OSError as error:
+                if self._stopping:
+                    return
+                # Out of descriptors, or the peer left the queue: the listener is as good as before.
+                logger.warning("kv channel (%s): accept failed: %s", kind, error)
+                time.sleep(_ACCEPT_PAUSE_S)
+                continue
+            with self._lock:
+                self._greetings[sock] = None
+                if len(self._greetings) > _MAX_GREETINGS:
+                    oldest = next(iter(self._greetings))
+                    del self._greetings[oldest]
+                    with contextlib.suppress(OSError):
+                        oldest.shutdown(socket.SHUT_RDWR)  # its thread wakes up, and closes it
             threading.Thread(
                 target=self._serve, args=(kind, sock), name=f"kv-recv-{kind}", daemon=True
             ).start()
@@ -107,6 +127,8 @@ class Receiver:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             if self._handshake(sock):
+                with self._lock:
+                    self._greetings.pop(sock, None)
                 arena = recv_arena(sock, kv_to_receiver) if kind == "shm" else None
                 self._receive(sock, arena)
         except ProtocolError as error:
@@ -117,13 +139,17 @@ class Receiver:
         finally:
             with self._lock:
                 self._connections.discard(sock)
+                self._greetings.pop(sock, None)
             _shut(sock)
 
     def _handshake(self, sock: socket.socket) -> bool:
         assert self._info is not None
         challenge = new_challenge()
         send_frame(sock, challenge)
-        answer = judge_hello(self._secret, challenge, recv_frame(sock, kv_to_receiver), self._info)
+        deadline = time.monotonic() + self._io_timeout_s
+        hello = recv_frame(sock, kv_to_receiver, max_bytes=MAX_GREETING_BYTES, deadline=deadline)
+        sock.settimeout(self._io_timeout_s)
+        answer = judge_hello(self._secret, challenge, hello, self._info)
         send_frame(sock, answer)
         if isinstance(answer, Refused):
             logger.warning("kv channel refused: %s", answer.reason)

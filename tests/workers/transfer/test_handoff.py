@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import resource
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from tests.workers.transfer.pair import (
     work,
 )
 from workers.protocol.frames import (
+    MAX_FRAME_BYTES,
     ProtocolError,
     answer_challenge,
     check_welcome,
@@ -222,6 +225,55 @@ def d() -> Iterator[DecodeSide]:
     side = DecodeSide(PatternEngine(64), ["tcp"], io_timeout_s=0.3)
     yield side
     side.stop()
+
+
+def receivers() -> int:
+    return sum(thread.name.startswith("kv-recv") for thread in threading.enumerate())
+
+
+def test_a_stranger_gets_neither_memory_nor_time(d: DecodeSide) -> None:
+    host, port = d.receiver.endpoints[0].address.split(":")
+    huge = socket.create_connection((host, int(port)), timeout=5)
+    recv_frame(huge, kv_to_sender)
+    huge.sendall(struct.pack("<I", MAX_FRAME_BYTES))
+    assert huge.recv(1) == b"", "a greeting is short"
+    slow = socket.create_connection((host, int(port)), timeout=5)
+    recv_frame(slow, kv_to_sender)
+    slow.sendall(struct.pack("<I", 1000))
+    end = time.monotonic() + 3
+    with pytest.raises(OSError):  # each byte comes in time, the whole does not
+        while time.monotonic() < end:
+            slow.sendall(b"x")
+            time.sleep(0.05)
+    until(lambda: receivers() == 0)
+
+
+def test_a_storm_of_strangers_is_bounded_and_keeps_nobody_out() -> None:
+    d = DecodeSide(PatternEngine(8), ["tcp"], io_timeout_s=20.0)
+    host, port = d.receiver.endpoints[0].address.split(":")
+    before = receivers()
+    storm = [socket.create_connection((host, int(port)), timeout=5) for _ in range(100)]
+    ours = dial(d)  # the last in the queue: all have been accepted
+    until(lambda: receivers() - before <= 65)
+    ours.close()
+    for sock in storm:
+        sock.close()
+    until(lambda: receivers() == before)
+    d.stop()
+
+
+def test_accepting_goes_on_after_a_lack_of_descriptors(d: DecodeSide) -> None:
+    waiting = socket.socket()
+    host, port = d.receiver.endpoints[0].address.split(":")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        waiting.connect((host, int(port)))
+        time.sleep(0.2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    waiting.close()
+    dial(d).close()
 
 
 def blocks(ticket: Ticket, first: int, count: int) -> bytes:
