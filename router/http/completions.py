@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -33,9 +34,10 @@ class CompletionsEndpoint:
         check_completion(body)
         model = served_model(front.dispatcher, body.model)
         asked = _prompts(body.prompt)
-        prompts = [
-            await self._token_ids(prompt, model, body.add_special_tokens is not False) for prompt in asked
-        ]
+        prompts = []
+        for prompt in asked:
+            prompts.append(await self._token_ids(prompt, model, body.add_special_tokens is not False))
+            await asyncio.sleep(0)  # each is short, all of them together are not: streams go on meanwhile
         plan = make_plan(
             body,
             "cmpl",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
 
 from router.chat.tokenizer import TextTokenizer
 from router.generation import Generation, TokenChunk
+from router.http.front import Front
 from tests.router.fake_dispatcher import ANSWER, FakeDispatcher
 from workers.protocol.messages import TokenLogprobs
 
@@ -143,3 +146,30 @@ async def test_token_ids(
     assert [token for chunk in chunks for token in chunk["choices"][0].get("token_ids", [])] == (
         dispatcher.answer[:2]
     )
+
+
+async def test_many_prompts_leave_the_loop_to_streams(
+    app: FastAPI, front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = 0
+    seen: list[int] = []
+    encode = front.prompts.tokenizer.encode
+
+    async def stream() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    def noted(text: str, add_special_tokens: bool) -> list[int]:
+        seen.append(turns)
+        return encode(text, add_special_tokens)
+
+    monkeypatch.setattr(front.prompts.tokenizer, "encode", noted)
+    running = asyncio.create_task(stream())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
+        answer = await http.post("/v1/completions", json={"prompt": ["one"] * 20, "max_tokens": 1})
+    running.cancel()
+    assert answer.status_code == 200
+    assert seen == sorted(set(seen))
+    assert len(seen) == 20
