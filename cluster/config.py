@@ -30,7 +30,7 @@ def _redis_url(url: str | None) -> str | None:
     if url is not None:
         from redis.connection import parse_url
 
-        parse_url(url)  # raises ValueError
+        parse_url(url)  # type: ignore[no-untyped-call]  # raises ValueError
     return url
 
 

@@ -55,7 +55,7 @@ class Foreground:
         """Returns after an orderly stop. Raises ServeError."""
         with taken_over(self._console):
             set_up_logging(self._config.log_level)
-            before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+            before = {number: signal.signal(number, self._on_signal) for number in _signals()}
             try:
                 self._take_name()
                 self._run()
@@ -149,7 +149,10 @@ class Foreground:
         os._exit(_FORCED)
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+def _signals() -> tuple[signal.Signals, ...]:
+    """Those that stop us. Under nohup a terminal that goes away is no reason to."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return (signal.SIGINT, signal.SIGTERM, *(() if ignored else (signal.SIGHUP,)))
 
 
 def curl_line(address: Address, with_key: bool) -> str:

@@ -87,10 +87,13 @@ class Cluster:
 
     def _start_ray(self, steps: Steps, plan: Plan | None) -> Plan:
         with steps.begin("ray") as step:
-            self.ray.start(
-                num_cpus=max(plan.num_cpus, 1.0) if plan else 0,
-                num_gpus=machine().hosts[0].gpus if plan else 0,
-            )
+            try:
+                self.ray.start(
+                    num_cpus=max(plan.num_cpus, 1.0) if plan else 0,
+                    num_gpus=machine().hosts[0].gpus if plan else 0,
+                )
+            except SystemExit as error:  # of Ray's own handler for SIGTERM, in force while Ray starts
+                raise Stopped from error
             self._heed_stop()
             if plan is None:
                 plan = topology.plan(self.config, self.ray.inventory())
@@ -103,7 +106,7 @@ class Cluster:
             num_spares=self.config.supervisor.spares,
             worker_class=self._parts.worker_class,
         )
-        self._pools.place(self.config.ray.placement_timeout_s)
+        self._pools.place(self.config.ray.placement_timeout_s, self._heed_stop)
         topology.check_reachable(self.config, self._pools.host_of, self.ray.node_id())
         return plan
 

@@ -19,6 +19,8 @@ from workers.protocol.messages import Role
 
 logger = logging.getLogger(__name__)
 
+_PLACE_S = 0.5  # between two looks at whether somebody asked to stop
+
 WorkerConfigJson = Callable[[Replica, int], str]
 LeaseReader = Callable[[], Mapping[str, int] | None]
 
@@ -59,8 +61,11 @@ class RayPools:
         self._lives: dict[str, _Life] = {}
         self._gpus: dict[str, list[str]] = {}  # GPU ids that each bundle was given
 
-    def place(self, timeout_s: float) -> None:
-        """Take the places of all replicas. Raises TopologyError when they can't be had in time."""
+    def place(self, timeout_s: float, heed_stop: Callable[[], None] = lambda: None) -> None:
+        """Take the places of all replicas. Raises TopologyError when they can't be had in time.
+
+        `heed_stop` is called while it waits, and may raise.
+        """
         ray: Any = importlib.import_module("ray")
         from ray.util.placement_group import placement_group
 
@@ -72,7 +77,9 @@ class RayPools:
                     [replica.bundle for replica in replicas], strategy="PACK"
                 )
         for role, group in self._groups.items():
-            if not group.wait(max(0.1, deadline - time.monotonic())):
+            while not (placed := group.wait(_PLACE_S)) and time.monotonic() < deadline:
+                heed_stop()
+            if not placed:
                 free: dict[str, float] = ray.available_resources()
                 raise TopologyError(
                     f"the {role} pool found no place within {timeout_s:g} s: it needs "

@@ -115,7 +115,7 @@ class RayRuntime:
         try:
             ray.init(**options)
             self._started = True
-        except (RuntimeError, ConnectionError, OSError, TimeoutError, ValueError) as error:
+        except (RuntimeError, OSError, ValueError, ray.exceptions.RayError) as error:
             what = "start Ray" if self.local else f"join the Ray cluster at {self._config.ray.address}"
             raise RayError(f"could not {what}: {_first_line(error)}") from error
         finally:

@@ -28,14 +28,14 @@ START_S = 90.0  # far above what a busy machine takes
 class Serve:
     """`headrace serve` with fakes as a process of its own."""
 
-    def __init__(self, directory: Path, *settings: str) -> None:
+    def __init__(self, directory: Path, *settings: str, under: tuple[str, ...] = ()) -> None:
         self.notes = directory / "notes"
         self.notes.mkdir()
         self.log = directory / "log"
         self.temp = directory / "tmp"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.cluster.serve_fake", *settings],
+                [*under, sys.executable, "-m", "tests.cluster.serve_fake", *settings],
                 cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -70,9 +70,9 @@ class Serve:
 
 
 @contextmanager
-def serving(directory: Path, *settings: str) -> Iterator[Serve]:
+def serving(directory: Path, *settings: str, under: tuple[str, ...] = ()) -> Iterator[Serve]:
     directory.mkdir()
-    serve = Serve(directory, *settings)
+    serve = Serve(directory, *settings, under=under)
     try:
         yield serve
     finally:
@@ -198,6 +198,29 @@ def test_a_model_that_can_not_start_ends_it_with_the_reason(tmp_path: Path) -> N
         )
         assert "Traceback" not in serve.text()
         assert left(processes) == []
+        assert serve.run() is None
+
+
+def test_sigterm_while_ray_starts_ends_in_order(tmp_path: Path) -> None:
+    """And under nohup, a terminal that goes away stops nothing."""
+    with serving(tmp_path / "d", under=("nohup",)) as serve:
+        serve.until(lambda: "model" in serve.text(), START_S)
+        processes: dict[int, str | None] = {}
+
+        def ray_has_begun() -> bool:
+            processes.update(processes_of(serve))
+            return len(processes) > 2  # the guard and the first of Ray's
+
+        serve.until(ray_has_begun, START_S)
+        serve.process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            serve.process.wait(0.3)
+        assert "stopping" not in serve.text()
+        processes |= processes_of(serve)
+        serve.process.terminate()
+        assert serve.process.wait(30) == 0
+        assert left(processes) == []
+        assert serve.text().endswith("stopped\n")
         assert serve.run() is None
 
 
