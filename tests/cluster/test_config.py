@@ -116,9 +116,9 @@ def test_unknown_settings_are_named_with_the_nearest(tmp_path: Path, text: str, 
         (
             "router.http.api_keys",
             [""],
-            "router.http.api_keys.0: the value is not allowed: must be one or more",
+            "router.http.api_keys.0: the value is not allowed: must not be empty",
         ),
-        ("router.http.api_keys", ["a b"], "without spaces"),
+        ("router.http.api_keys", ["a\n"], "nor begin or end with a space"),
         ("security.cluster_secret", "short", "must have at least 16 characters"),
     ],
 )
