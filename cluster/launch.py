@@ -125,10 +125,27 @@ class Cluster:
             self._leases = Leases(redis_url, self.config.cluster, worker_ids)
             try:
                 self._leases.check()
+                if self.config.redis.url is not None:
+                    self._claim_name(self._leases)
             except ConnectionError as error:
                 raise LaunchError(f"redis.url: no Redis answers there: {error}") from error
         self._heed_stop()
         return redis_url
+
+    def _claim_name(self, leases: Leases) -> None:
+        """Two clusters of one name in one Redis would take each other's workers for their own, and end them.
+
+        What a killed one left behind is gone when its leases have run out.
+        """
+        deadline = time.monotonic() + self.config.worker.timeout_s + 1.0
+        while others := leases.registered():
+            if time.monotonic() > deadline:
+                raise LaunchError(
+                    f"redis.url: a cluster named {self.config.cluster!r} is alive in that Redis "
+                    f"({', '.join(others)}); give this one another name with --cluster"
+                )
+            self._heed_stop()
+            time.sleep(_TICK_S)
 
     def _start_routers(self, model: Prepared, redis_url: str) -> None:
         assert self._ports is not None

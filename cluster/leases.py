@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from typing import Any
 
 from workers.protocol import redis_keys
 
@@ -21,6 +22,7 @@ class Leases:
         from redis.retry import Retry
 
         self._errors = (redis.RedisError, OSError)
+        self._cluster = cluster
         self._worker_ids = list(worker_ids)
         self._keys = [redis_keys.lease(cluster, worker_id) for worker_id in self._worker_ids]
         self._client = redis.Redis.from_url(
@@ -37,6 +39,18 @@ class Leases:
             self._client.ping()
         except (*self._errors, TypeError) as error:  # TypeError: an unknown option behind the URL's `?`
             raise ConnectionError(str(error)) from error
+
+    def registered(self) -> list[str]:
+        """Everyone alive under this cluster's name, whoever started them. Raises ConnectionError."""
+        try:
+            raw: Iterable[Any] = self._client.hkeys(redis_keys.workers(self._cluster))
+            names = [name.decode() for name in raw]
+            leases = (
+                self._client.mget([redis_keys.lease(self._cluster, name) for name in names]) if names else []
+            )
+        except self._errors as error:
+            raise ConnectionError(str(error)) from error
+        return sorted(name for name, lease in zip(names, leases, strict=True) if lease is not None)
 
     def read(self) -> dict[str, int] | None:
         """worker_id -> epoch of the lives that hold a lease; None while Redis does not answer."""

@@ -3,8 +3,13 @@ from __future__ import annotations
 import logging
 
 import pytest
+from rich.console import Console
 
+from cluster.config import load_config
+from cluster.launch import Cluster
 from cluster.leases import Leases
+from cluster.parts import LaunchError
+from cluster.progress import Steps
 from tests.valkey_server import EmbeddedValkey
 from workers.protocol import redis_keys
 
@@ -14,6 +19,20 @@ def test_an_option_that_redis_does_not_know_is_told() -> None:
     with pytest.raises(ConnectionError, match="foo"):
         leases.check()
     leases.close()
+
+
+def test_a_name_that_is_taken_in_a_shared_redis(valkey: EmbeddedValkey) -> None:
+    settings = {"redis.url": valkey.url, "cluster": "c", "worker.timeout_s": 1}
+    steps = Steps(Console(quiet=True))
+    with valkey.client() as client:
+        client.hset(redis_keys.workers("c"), "decode-0", b"info")
+        client.set(redis_keys.lease("c", "decode-0"), 17)
+        with pytest.raises(LaunchError, match=r"a cluster named 'c' is alive in that Redis \(decode-0\)"):
+            Cluster(load_config(None, settings))._start_redis(steps)
+        # Of another name, or left behind by one that was killed: no hindrance.
+        assert Cluster(load_config(None, settings | {"cluster": "d"}))._start_redis(steps) == valkey.url
+        client.set(redis_keys.lease("c", "decode-0"), 17, px=500)
+        assert Cluster(load_config(None, settings))._start_redis(steps) == valkey.url
 
 
 def test_leases_that_are_held(valkey: EmbeddedValkey) -> None:
