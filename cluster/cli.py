@@ -244,8 +244,8 @@ def config(
 
 
 def _find_url(url: str | None, cluster: str | None) -> str:
-    """--url, else HEADRACE_URL, else that of the cluster which runs here, else the default port."""
-    if url or (url := os.environ.get("HEADRACE_URL")):
+    """--url, else --cluster's, else HEADRACE_URL, else that of the cluster which runs here, else the default port."""
+    if url or (cluster is None and (url := os.environ.get("HEADRACE_URL"))):
         return url if "://" in url else f"http://{url}"
     from cluster.runfile import live_runs, read_run
 

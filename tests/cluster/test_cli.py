@@ -215,6 +215,11 @@ def test_status_of_what_is_no_router(api: ApiServer) -> None:
     assert "is not a Headrace router" in run("chat", "--url", api.url).output
 
 
+def test_a_cluster_that_was_named_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADRACE_URL", "http://127.0.0.1:9")
+    assert "no cluster named 'mine' is running here" in run("status", "--cluster", "mine").output
+
+
 def test_status_goes_by_no_proxy(api: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
