@@ -1,8 +1,8 @@
 """The prefill side of a hand-over: blocks leave as soon as a step has computed them, then the first token.
 
-Each range of blocks that waits to be sent holds references of its own, from the step that computed it until the
-decode worker has acknowledged it; preempting, cancelling or finishing the request takes nothing from under it. A
-first token is sent only if the hand-over was not aborted at the moment of sending, so what a decode worker commits
+What a step has computed holds references of its own until the decode worker has acknowledged it; preempting,
+cancelling or finishing the request takes nothing from under it. They are on the blocks before it as well, so that
+blocks come free from the last to the first: the prefix cache must not lose a parent before its child. A first token is sent only if the hand-over was not aborted at the moment of sending, so what a decode worker commits
 was whole.
 """
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from workers.config import TransferConfig
 from workers.engine.engine import Engine
-from workers.engine.request import NewToken, Request, State
+from workers.engine.request import NewToken, Request
 from workers.protocol.frames import ProtocolError
 from workers.protocol.messages import FailureCode, KvAbort, KvBlocks, KvFirstToken, KvRenew, Ticket
 from workers.transfer.block_memory import BlockMemory
@@ -41,12 +41,21 @@ class Handoff:
 
 
 @dataclass(slots=True, eq=False)
+class _Hold:
+    """References on the first blocks of a request, up to what one step has computed; gone with the last piece."""
+
+    blocks: list[int]
+    num_pieces: int = 0
+
+
+@dataclass(slots=True, eq=False)
 class _Piece:
     """Blocks [first, first + len(blocks)) of a request, or its first token when `blocks` is empty."""
 
     handoff: Handoff
     first: int
     blocks: list[int]
+    hold: _Hold | None = None
     token: NewToken | None = None
     sent_at: float = 0.0  # 0 until the last byte was handed to the kernel
 
@@ -58,6 +67,9 @@ class _Peer:
     ticket: Ticket
     todo: queue.SimpleQueue[_Piece | KvAbort | KvRenew | None] = field(default_factory=queue.SimpleQueue)
     unacknowledged: deque[_Piece] = field(default_factory=deque)
+    renewal: KvRenew | None = (
+        None  # goes before whatever waits in `todo`: a lease must not run out in the queue
+    )
     handoffs: dict[str, Handoff] = field(default_factory=dict)  # transfer id -> open ones
     channel: Channel | None = None
     dead: bool = False
@@ -84,6 +96,9 @@ class Handoffs:
         self._secret = secret
         self._on_end = on_end  # called under the lock, once for each hand-over that was not cancelled
         self._computing = computing  # False: the engine is stuck, requests here make no progress
+        # Two pieces fit an arena: one is filled while the other is emptied.
+        piece_bytes = min(_PIECE_BYTES, int(config.arena_memory) // 2)
+        self._blocks_per_piece = max(1, piece_bytes // engine.layout.block_bytes)
         self._by_request: dict[str, Handoff] = {}
         self._peers: dict[tuple[str, int], _Peer] = {}
         self._stopping = threading.Event()
@@ -129,16 +144,18 @@ class Handoffs:
         peer = self._peer_of(handoff)
         block_size = self._engine.layout.block_size
         ready = handoff.ticket.num_blocks if token else request.num_computed_tokens // block_size
-        per_piece = max(1, _PIECE_BYTES // self._engine.layout.block_bytes)
-        while handoff.next_block < ready:
-            first = handoff.next_block
-            blocks = request.block_table[first : min(ready, first + per_piece)]
-            self._engine.pool.acquire(blocks)
-            self.holding.append(blocks)
-            handoff.next_block += len(blocks)
-            peer.todo.put(_Piece(handoff, first, blocks))
+        if handoff.next_block < ready:
+            hold = _Hold(request.block_table[:ready])
+            self._engine.pool.acquire(hold.blocks)
+            self.holding.append(hold.blocks)
+            while handoff.next_block < ready:
+                first = handoff.next_block
+                blocks = hold.blocks[first : first + self._blocks_per_piece]
+                hold.num_pieces += 1
+                handoff.next_block += len(blocks)
+                peer.todo.put(_Piece(handoff, first, blocks, hold))
         if token is not None:
-            peer.todo.put(_Piece(handoff, handoff.next_block, [], token))
+            peer.todo.put(_Piece(handoff, handoff.next_block, [], token=token))
 
     def cancel(self, request_id: str, reason: str = "cancelled") -> None:
         """The router no longer wants it, or the step failed: D is told, the router is not."""
@@ -161,9 +178,13 @@ class Handoffs:
         self._peer_of(handoff).handoffs.pop(handoff.ticket.transfer_id, None)
 
     def _release(self, piece: _Piece) -> None:
-        if piece.blocks:
-            self._engine.pool.release(piece.blocks)
-            self.holding.remove(piece.blocks)
+        hold = piece.hold
+        if hold is None:
+            return
+        hold.num_pieces -= 1
+        if hold.num_pieces == 0:
+            self._engine.pool.release(hold.blocks)
+            self.holding.remove(hold.blocks)
 
     def _fail(self, handoff: Handoff, reason: str) -> None:
         if handoff.ended:
@@ -217,7 +238,9 @@ class Handoffs:
                 target=self._read, args=(peer, channel), name=f"kv-acks-{peer.ticket.worker_id}", daemon=True
             ).start()
             while (item := peer.todo.get()) is not None:
-                self._write_one(peer, channel, item)
+                self._renew(peer, channel)
+                if not isinstance(item, KvRenew):
+                    self._write_one(peer, channel, item)
         except (OSError, ProtocolError) as error:
             reason = f"kv channel to {peer.ticket.worker_id} failed: {error}"
             if not peer.dead:
@@ -227,7 +250,13 @@ class Handoffs:
                 self._drop_peer(peer, reason)
                 self._empty(peer)
 
-    def _write_one(self, peer: _Peer, channel: Channel, item: _Piece | KvAbort | KvRenew) -> None:
+    def _renew(self, peer: _Peer, channel: Channel) -> None:
+        with self._engine.lock:
+            renewal, peer.renewal = peer.renewal, None
+        if renewal is not None:
+            channel.send(renewal)
+
+    def _write_one(self, peer: _Peer, channel: Channel, item: _Piece | KvAbort) -> None:
         if not isinstance(item, _Piece):
             channel.send(item)
             return
@@ -295,16 +324,15 @@ class Handoffs:
     # --- leases -----------------------------------------------------------------------------------------------------
 
     def _keep_leases(self) -> None:
-        """Tell decode workers that requests which wait or compute here are alive, as long as anything moves here."""
+        """Tell decode workers that requests are alive which wait, compute, or queue to be sent here.
+
+        Only as long as anything moves here: `computing` tells of the engine, the channel's time-out of the sending.
+        """
         while not self._stopping.wait(min(1.0, self._config.lease_s / 4)):
             if not self._computing():
                 continue
             with self._engine.lock:
                 for peer in self._peers.values():
-                    waiting = [
-                        transfer_id
-                        for transfer_id, handoff in peer.handoffs.items()
-                        if handoff.request.state in (State.WAITING, State.RUNNING)
-                    ]
-                    if waiting:
-                        peer.todo.put(KvRenew(epoch=peer.ticket.epoch, transfer_ids=waiting))
+                    if peer.handoffs and peer.renewal is None:
+                        peer.renewal = KvRenew(epoch=peer.ticket.epoch, transfer_ids=list(peer.handoffs))
+                        peer.todo.put(peer.renewal)  # wakes the writer

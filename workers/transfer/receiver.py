@@ -91,10 +91,12 @@ class Receiver:
 
     def stop(self) -> None:
         self._stopping = True
+        for _, listener in self._listeners:
+            _shut(listener)
         with self._lock:
-            open_sockets = [*(listener for _, listener in self._listeners), *self._connections]
-        for sock in open_sockets:
-            _shut(sock)
+            for sock in self._connections:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)  # its thread wakes up, and closes it
 
     def _accept(self, kind: str, listener: socket.socket) -> None:
         while not self._stopping:
