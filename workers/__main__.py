@@ -26,8 +26,10 @@ def main(arguments: list[str]) -> int:
 
     worker = Worker(config)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: threading.Thread(target=worker.stop).start())
+        signal.signal(number, lambda *_: sys.exit(0))  # while the model loads there is nothing to take back
     info = worker.start()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: threading.Thread(target=worker.stop).start())
     sys.stdout.write(f"{info.address}\n")
     sys.stdout.flush()
     worker.wait()
