@@ -2,8 +2,8 @@
 
 What a step has computed holds references of its own until the decode worker has acknowledged it; preempting,
 cancelling or finishing the request takes nothing from under it. They are on the blocks before it as well, so that
-blocks come free from the last to the first: the prefix cache must not lose a parent before its child. A first token is sent only if the hand-over was not aborted at the moment of sending, so what a decode worker commits
-was whole.
+blocks come free from the last to the first: the prefix cache must not lose a parent before its child. A first token
+is sent only if the hand-over was not aborted at the moment of sending, so what a decode worker commits was whole.
 """
 
 from __future__ import annotations
