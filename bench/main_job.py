@@ -14,7 +14,6 @@ import json
 import platform
 import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from typing import Any
 import httpx
 
 from bench.load import Result, Shape, run
+from cluster.valkey import free_port
 
 ONE = Shape(requests=4, concurrency=1, shared_tokens=0, own_tokens=(128, 128), output_tokens=128)
 SIXTEEN = Shape(requests=64, concurrency=16, shared_tokens=256, own_tokens=(128, 512), output_tokens=128)
@@ -35,7 +35,7 @@ class Served:
     """`headrace serve` on free ports, from its start to its end."""
 
     def __init__(self, extra: list[str]) -> None:
-        port, grpc_port = _free_port(), _free_port()
+        port, grpc_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "cluster.cli", "serve", "--cluster", f"bench-{port}"]
         command += ["--port", str(port), "--grpc-port", str(grpc_port), *extra]
@@ -79,12 +79,6 @@ class Served:
         self._process.send_signal(signal.SIGINT)
         self._process.wait(60)
         return time.perf_counter() - began
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def _descendants(root: int) -> list[int]:

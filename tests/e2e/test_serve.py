@@ -22,7 +22,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from cluster.valkey import free_port
 from router.grpc import headrace_pb2, headrace_pb2_grpc
+from tests.cluster.process_tree import descendants
 from workers.config import EngineConfig
 from workers.engine.engine import Engine
 from workers.models.catalog import prepare_model
@@ -30,12 +32,6 @@ from workers.models.random_model import write_random_model
 from workers.protocol.messages import Sampling
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 @dataclass
@@ -312,19 +308,6 @@ def test_stops_and_leaves_nothing(serving: Serving) -> None:
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port), timeout=5)
     assert not list(Path("/tmp").glob(f"headrace-*/session_*_{serving.process.pid}"))
-
-
-def descendants(root: int) -> list[int]:
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    found = [root]
-    for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
-    return found
 
 
 def alive(pid: int) -> bool:

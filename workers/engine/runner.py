@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 
@@ -21,11 +19,7 @@ class Runner:
         self.device = model.device
         self.layout = layout
         self._sampler = sampler
-        self.kv_cache = _zeros(
-            (num_blocks, layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim),
-            model.dtype,
-            self.device,
-        )
+        self.kv_cache = model.new_kv_cache(num_blocks, layout.block_size)
 
     @torch.inference_mode()
     def run(self, step: StepInput) -> list[Sampled]:
@@ -46,18 +40,6 @@ class Runner:
 
     def _tensor(self, values: list[int] | np.ndarray) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.int64).to(self.device)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The KV cache: zeros, not garbage, because padding is read and masked, and 0 * NaN would still be NaN.
-
-    On a CPU the pages come from the kernel as zeros and cost no memory before a block is used: torch.zeros would
-    write all of them at once.
-    """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    pages = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(pages).view(dtype).view(shape)
 
 
 def _padded(tables: list[list[int]]) -> np.ndarray:

@@ -130,9 +130,7 @@ class Scheduler:
         request.times.scheduled = request.times.scheduled or now
         request.times.prefilled = request.times.last_token = now
         request.append(token, self.eos_token_ids)
-        extend_hashes(
-            request.block_hashes, request.token_ids, self.block_size, self.hash_root, request.work.cache_salt
-        )
+        self._hash(request)
         request.state = State.RUNNING
         self._num_reserved -= 1
         self.running.append(request)
@@ -142,9 +140,7 @@ class Scheduler:
 
     def has_room(self, request: Request) -> bool:
         """Whether a request that was not added yet could start at once, with all its known tokens."""
-        extend_hashes(
-            request.block_hashes, request.token_ids, self.block_size, self.hash_root, request.work.cache_salt
-        )
+        self._hash(request)
         matched = self._match(request)
         missing = self._blocks_for(request.num_tokens) - len(matched)
         free_seat = self.num_seats_taken + len(self.waiting) < self.max_num_seqs
@@ -152,9 +148,7 @@ class Scheduler:
 
     def uncached_tokens(self, request: Request) -> int:
         """Tokens that this engine would have to compute for a request that was not added yet."""
-        extend_hashes(
-            request.block_hashes, request.token_ids, self.block_size, self.hash_root, request.work.cache_salt
-        )
+        self._hash(request)
         return request.num_tokens - len(self._match(request)) * self.block_size
 
     def cancel(self, request_id: str) -> None:
@@ -260,13 +254,7 @@ class Scheduler:
             elif request.finish_reason is not None:
                 self._finish(request)
             else:
-                extend_hashes(
-                    request.block_hashes,
-                    request.token_ids,
-                    self.block_size,
-                    self.hash_root,
-                    request.work.cache_salt,
-                )
+                self._hash(request)
         return result
 
     def abandon(self, plan: Plan) -> None:
@@ -281,10 +269,14 @@ class Scheduler:
     def _admit(self, request: Request) -> None:
         if request.request_id in self.requests:
             raise ValueError(f"request {request.request_id} is already here")
+        self._hash(request)
+        self.requests[request.request_id] = request
+
+    def _hash(self, request: Request) -> None:
+        """Bring the hashes up to its tokens; only full blocks that are new cost anything."""
         extend_hashes(
             request.block_hashes, request.token_ids, self.block_size, self.hash_root, request.work.cache_salt
         )
-        self.requests[request.request_id] = request
 
     @staticmethod
     def _urgency(request: Request) -> tuple[int, float]:

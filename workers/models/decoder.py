@@ -5,9 +5,11 @@ Token ids in, hidden states and logits out. A layer is built with the callables 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ class Decoder:
         """A zeroed cache in canonical layout, see `kernels.reference`."""
         spec = self.spec
         shape = (num_blocks, spec.num_layers, 2, spec.num_kv_heads, block_size, spec.head_dim)
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return _zeros(shape, self.dtype, self.device)
 
     @torch.inference_mode()
     def forward(
@@ -125,3 +127,15 @@ def _heads_norm(spec: DecoderSpec, weights: LayerWeights) -> HeadsNorm:
 
 def _unchanged(heads: Tensor) -> Tensor:
     return heads
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The KV cache: zeros, not garbage, because padding is read and masked, and 0 * NaN would still be NaN.
+
+    On a CPU the pages come from the kernel as zeros and cost no memory before a block is used: torch.zeros would
+    write all of them at once.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(pages).view(dtype).view(shape)

@@ -78,7 +78,7 @@ class TcpChannel:
         return _recv_ack(self._sock)
 
     def close(self) -> None:
-        _shut(self._sock)
+        shut(self._sock)
 
 
 class ShmChannel:
@@ -135,7 +135,7 @@ class ShmChannel:
                 return
             self._closed = True
             self._room.notify()
-        _shut(self._sock)
+        shut(self._sock)
         self._arena.close()
 
 
@@ -217,7 +217,8 @@ def _recv_ack(sock: socket.socket) -> KvAck:
     return message
 
 
-def _shut(sock: socket.socket) -> None:
+def shut(sock: socket.socket) -> None:
+    """End a connection for both directions, whatever state it is in; wakes a thread that waits on it."""
     try:
         sock.shutdown(socket.SHUT_RDWR)
     except OSError:

@@ -32,6 +32,7 @@ from workers.protocol.messages import (
 )
 from workers.transfer.arena import ArenaView, host_id, recv_arena
 from workers.transfer.block_memory import BlockMemory
+from workers.transfer.channel import shut
 from workers.transfer.tickets import TicketGone, Tickets
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,6 @@ _MAX_GREETINGS = (
     64  # peers that have not proved anything yet, each with a thread; one more and the oldest goes
 )
 _ACCEPT_PAUSE_S = 0.1
-_CLOSED = (ConnectionError, TimeoutError, OSError)
 
 
 class Receiver:
@@ -92,7 +92,7 @@ class Receiver:
     def stop(self) -> None:
         self._stopping = True
         for _, listener in self._listeners:
-            _shut(listener)
+            shut(listener)
         with self._lock:
             for sock in self._connections:
                 with contextlib.suppress(OSError):
@@ -135,14 +135,14 @@ class Receiver:
                 self._receive(sock, arena)
         except ProtocolError as error:
             logger.warning("kv channel (%s) closed: %s", kind, error)
-        except _CLOSED as error:
+        except OSError as error:
             if not self._stopping:
                 logger.info("kv channel (%s) ended: %s", kind, error)
         finally:
             with self._lock:
                 self._connections.discard(sock)
                 self._greetings.pop(sock, None)
-            _shut(sock)
+            shut(sock)
 
     def _handshake(self, sock: socket.socket) -> bool:
         assert self._info is not None
@@ -198,7 +198,7 @@ class Receiver:
             if arena is None:
                 _drain(sock, message.num_bytes - taken)
             return KvAck(transfer_id=message.transfer_id, ok=False, reason=str(error))
-        except (*_CLOSED, ProtocolError) as error:
+        except (OSError, ProtocolError) as error:
             self._tickets.abort(message.transfer_id, message.epoch, f"the channel broke: {error}")
             raise
         return KvAck(transfer_id=message.transfer_id, ok=True)
@@ -220,11 +220,3 @@ def _drain(sock: socket.socket, num_bytes: int) -> None:
         piece = scratch[: min(num_bytes, len(scratch))]
         recv_exactly(sock, piece)
         num_bytes -= len(piece)
-
-
-def _shut(sock: socket.socket) -> None:
-    try:
-        sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # not connected, or the peer was first
-    sock.close()
