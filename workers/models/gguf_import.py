@@ -1,8 +1,8 @@
 """A GGUF file into a Hugging Face directory: config.json, safetensors, tokenizer, generation_config.json.
 
 Tensors are dequantized to bfloat16 (float16 and float32 files keep their dtype), one at a time, so that memory holds
-one shard. For architecture `llama`, llama.cpp's converter reorders the rows of q and k for its interleaved RoPE; that
-is undone here.
+one shard. Quantized matrices that the kernels can hold are kept as they are too, see `gguf_blocks`. For architecture
+`llama`, llama.cpp's converter reorders the rows of q and k for its interleaved RoPE; that is undone here.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from workers.models.checkpoint import INDEX_NAME
 from workers.models.errors import ModelError
+from workers.models.gguf_blocks import PLAIN_TYPES, READERS, KeptMatrix, write_blocks
 from workers.models.gguf_config import GgufConfig
 from workers.models.gguf_header import check_metadata
 from workers.models.gguf_tokenizer import write_tokenizer
 from workers.models.spec import DecoderSpec
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from gguf import GGUFReader
 
@@ -60,7 +62,9 @@ def import_gguf(source: Path, target: Path, say: Say) -> None:
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (target / "generation_config.json").write_text(json.dumps(metadata.generation_config(), indent=2) + "\n")
     write_tokenizer(source, metadata, target)
-    _write_tensors(source, reader, spec, config["dtype"], target, say)
+    names = _names(source, reader, spec)
+    _write_tensors(source, reader, names, spec, config["dtype"], target, say)
+    _write_blocks(reader, names, spec, target)
 
 
 def _open(source: Path) -> GGUFReader:
@@ -83,13 +87,8 @@ def _hf_name(name: str) -> str | None:
     return None
 
 
-def _write_tensors(
-    source: Path, reader: GGUFReader, spec: DecoderSpec, dtype_name: str, target: Path, say: Say
-) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    dtype: torch.dtype = getattr(torch, dtype_name)
+def _names(source: Path, reader: GGUFReader, spec: DecoderSpec) -> dict[str, str]:
+    """GGUF name -> safetensors name of every weight."""
     names = {}
     for tensor in reader.tensors:
         name = _hf_name(tensor.name)
@@ -99,6 +98,22 @@ def _write_tensors(
             raise ModelError(
                 f"{source.name} has a tensor {tensor.name!r} that {spec.architecture} does not know"
             )
+    return names
+
+
+def _write_tensors(
+    source: Path,
+    reader: GGUFReader,
+    names: dict[str, str],
+    spec: DecoderSpec,
+    dtype_name: str,
+    target: Path,
+    say: Say,
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    dtype: torch.dtype = getattr(torch, dtype_name)
     total = sum(int(tensor.n_elements) for tensor in reader.tensors) or 1
     shards: list[list[str]] = []
     shard: dict[str, torch.Tensor] = {}
@@ -106,14 +121,16 @@ def _write_tensors(
 
     def close_shard() -> None:
         nonlocal shard_bytes
-        save_file(shard, target / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
+        file = target / f"shard-{len(shards)}.safetensors"
+        save_file(shard, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # it is written private; other users of a shared cache read it
         shards.append(list(shard))
         shard.clear()
         shard_bytes = 0
 
     for tensor in reader.tensors:
         done += int(tensor.n_elements)
-        if tensor.name in _NOT_WEIGHTS:
+        if tensor.name not in names:
             continue
         value = _dequantized(source, tensor, spec).to(dtype)
         if shard_bytes + value.nbytes > SHARD_BYTES and shard:
@@ -150,15 +167,30 @@ def _dequantized(source: Path, tensor: Any, spec: DecoderSpec) -> torch.Tensor:
     except (NotImplementedError, ValueError) as error:
         kind = tensor.tensor_type.name
         raise ModelError(f"{source.name}: {tensor.name} ({kind}) cannot be dequantized: {error}") from error
-    value = torch.tensor(values, dtype=torch.float32)
-    if spec.architecture in ("llama", "mistral"):
-        if ".attn_q." in tensor.name:
-            return _unpermuted(value, spec.num_heads)
-        if ".attn_k." in tensor.name:
-            return _unpermuted(value, spec.num_kv_heads)
-    return value
+    return torch.tensor(_in_order(values, tensor.name, spec), dtype=torch.float32)
 
 
-def _unpermuted(value: torch.Tensor, heads: int) -> torch.Tensor:
+def _write_blocks(reader: GGUFReader, names: dict[str, str], spec: DecoderSpec, target: Path) -> None:
+    matrices = [tensor for tensor in reader.tensors if tensor.name in names and len(tensor.shape) == 2]
+    types = {names[tensor.name]: str(tensor.tensor_type.name) for tensor in matrices}
+    if set(types.values()) <= set(PLAIN_TYPES):
+        return
+    kept = [
+        KeptMatrix(names[t.name], t.data.shape, lambda t=t: _in_order(t.data, t.name, spec))  # type: ignore[misc]
+        for t in matrices
+        if t.tensor_type.name in READERS
+    ]
+    write_blocks(target, kept, types)
+
+
+def _in_order(rows: np.ndarray, gguf_name: str, spec: DecoderSpec) -> np.ndarray:
     """Undo `permute` of llama.cpp's convert_hf_to_gguf.py: rows of a head back from pairs to halves."""
-    return value.reshape(heads, -1, 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape).contiguous()
+    if spec.architecture not in ("llama", "mistral"):
+        return rows
+    if ".attn_q." in gguf_name:
+        heads = spec.num_heads
+    elif ".attn_k." in gguf_name:
+        heads = spec.num_kv_heads
+    else:
+        return rows
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
