@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 
@@ -11,6 +11,8 @@ from workers.protocol.messages import Role
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 ChannelKind = Literal["shm", "tcp"]
+Kernels = Literal["auto", "torch", "portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_soft"]
+Quantization = Literal["auto", "none", "int8", "int4"]
 
 
 class Section(BaseModel):
@@ -24,6 +26,13 @@ class EngineConfig(Section):
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
     dtype: DType = Field("auto", description="of weights and KV cache; auto: bfloat16")
+    quantization: Quantization = Field(
+        "auto", description="of the weights; auto: as the checkpoint stores them, where the kernels can"
+    )
+    kv_cache_dtype: Literal["auto", "int8"] = Field("auto", description="auto: as dtype; int8 halves its memory")
+    kernels: Kernels = Field(
+        "auto", description="on a CPU: auto is the best native variant, or torch where none can be built"
+    )
     block_size: int = Field(16, ge=1, le=256, description="tokens in a KV block")
     kv_cache_memory: ByteSize = Field(
         ByteSize(512 * 1024**2), gt=0, description="bytes for KV blocks, e.g. 2GiB; ignored with num_blocks"
@@ -38,6 +47,20 @@ class EngineConfig(Section):
     num_threads: int | None = Field(
         None, ge=1, description="CPU threads of the kernels; null: cores / workers"
     )
+    cpus: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, description="cores to pin the native kernels' threads to, one for each; null: no pinning"
+    )
+    deterministic: bool = Field(
+        False, description="a request's tokens never hang on its batch; costs speed with AMX, nothing without it"
+    )
+
+    @model_validator(mode="after")
+    def _a_core_for_each(self) -> Self:
+        if self.cpus is not None and len(self.cpus) != self.num_threads:
+            raise ValueError(
+                f"cpus lists {len(self.cpus)} cores, num_threads is {self.num_threads}: give one core for each thread"
+            )
+        return self
 
     @model_validator(mode="after")
     def _a_token_for_each(self) -> Self:

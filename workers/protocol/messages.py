@@ -65,19 +65,28 @@ class Work(Struct, frozen=True, omit_defaults=True):
 
 
 class KvLayout(Struct, frozen=True):
-    """The canonical block on the wire: [layer, k|v, kv_head, token, head_dim] of one block, C order."""
+    """The canonical block on the wire: [layer, k|v, kv_head, token, head_dim] of one block, C order.
+
+    In int8 the tokens of each (layer, k|v, kv_head) are followed by their scales, float32 [block_size].
+    """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     block_size: int  # tokens
-    dtype: str  # "float32", "bfloat16", "float16"
+    dtype: str  # "float32", "bfloat16", "float16", "int8"
     model_fingerprint: str  # hex
 
     @property
     def block_bytes(self) -> int:
-        item_bytes = 4 if self.dtype == "float32" else 2
-        return self.num_layers * 2 * self.num_kv_heads * self.block_size * self.head_dim * item_bytes
+        return self.num_layers * 2 * self.num_kv_heads * self.tile_bytes
+
+    @property
+    def tile_bytes(self) -> int:
+        """Of one (layer, k|v, kv_head)."""
+        if self.dtype == "int8":
+            return self.block_size * (self.head_dim + 4)
+        return self.block_size * self.head_dim * (4 if self.dtype == "float32" else 2)
 
 
 class KvEndpoint(Struct, frozen=True):
