@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels.cpu.layout import DEPTH, PANEL, round_up
 from kernels.cpu.library import Library
 from kernels.cpu.structures import (
     EmbeddingKind,
@@ -23,20 +24,9 @@ from kernels.cpu.structures import (
     Step,
 )
 
-PANEL = 64  # columns of a packed panel: matrix.h
-DEPTH = 64  # inputs are padded to a multiple of this
 SPIN = 4000  # pauses before a waiting thread sleeps: 40 to 100 us, longer than a stage of a step
 
 STAGES = ("embed", "qkv", "attention", "output", "gate_up", "down", "head")
-
-
-def round_up(value: int, to: int) -> int:
-    return -(-value // to) * to
-
-
-def padded_head(head_dim: int) -> int:
-    """Columns that one head takes in a packed QKV projection: model.h."""
-    return head_dim if PANEL % head_dim == 0 else round_up(head_dim, PANEL)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,85 @@
+// A model bound to its threads, its KV cache and its scratch memory: what carries out steps.
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+#include <vector>
+
+#include "attention_plan.h"
+#include "model.h"
+#include "pool.h"
+#include "scratch.h"
+
+namespace hr {
+
+constexpr int kChunkRows = 128;  // rows of a GEMM task: their activations stay in L2
+
+enum Stage { kEmbed, kQkv, kAttention, kOutput, kGateUp, kDown, kHead, kNumStages };
+
+class Runtime {
+ public:
+  Runtime(const Model& model, const KvCache& kv, Pool* pool, int max_tokens);
+
+  void step(const Step& step);
+  const double* stage_seconds() const { return stage_seconds_; }
+
+ private:
+  struct Own {  // one thread's scratch
+    float* tile;       // [kTileRows][widest unit]
+    float* attention;
+    ActivationBuffer activations;
+  };
+
+  static void body(void* self, int thread) { static_cast<Runtime*>(self)->walk(thread); }
+  void walk(int thread);
+
+  void embed(TaskCounter& tasks);
+  void qkv(int layer, int thread, TaskCounter& tasks);
+  void attention(int layer, int thread, TaskCounter& tasks);
+  void narrow(int thread);
+  void add_projection(const Matrix& w, const Activations& x, int rows, int thread, TaskCounter& tasks);
+  void gate_up(const Layer& layer, const Activations& x, int rows, int thread, TaskCounter& tasks);
+  void head(const Activations& x, int thread, TaskCounter& tasks);
+
+  Activations normed(const float* weight, const Matrix& w, int rows, int thread);
+  Activations plain(void* values, const Matrix& w, int rows, int thread);
+  Activations prepared(const float* x, int stride, const float* weight, const Matrix& w, int rows, int thread);
+  void share_out(int rows, int thread, int* begin, int* end) const;
+
+  template <class Work>  // work(panel, first row, last row)
+  void for_tasks(int units, int rows, TaskCounter& tasks, const Work& work) {
+    const int chunks = (rows + kChunkRows - 1) / kChunkRows;
+    for (int task = tasks.take(); task < units * chunks; task = tasks.take()) {
+      const int chunk = task / units, unit = task % units;
+      work(unit, chunk * kChunkRows, std::min(rows, (chunk + 1) * kChunkRows));
+    }
+  }
+
+  void meet(Stage stage, int thread);
+
+  const Model model_;
+  const ModelShape& shape_;
+  const KvCache kv_;
+  Pool* const pool_;
+  const int head_pad_, heads_total_, q_width_, x_stride_, attended_stride_, inter_stride_;
+  // The form in which attention and the MLP's gate leave their results: what the next GEMM reads, where all layers read
+  // the same unquantized form, else float32, which is then quantized.
+  const bool direct_, bf16_;
+  AttentionShape attention_shape_;
+
+  Arena arena_;
+  float* x_;         // [T][x_stride] residual stream
+  float* queries_;   // [T][num_heads * head_dim]
+  void* attended_;   // [T][k_pad of output] bfloat16 or float
+  void* inter_;      // [T][k_pad of down] bfloat16 or float
+  ActivationBuffer wide_;  // of all threads together, for many rows
+  std::vector<Own> own_;
+  std::vector<TaskCounter> counters_;
+  AttentionPlan plan_;
+
+  const Step* step_ = nullptr;
+  double stage_seconds_[kNumStages] = {};
+  std::chrono::steady_clock::time_point mark_;
+};
+
+}  // namespace hr
