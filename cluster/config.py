@@ -189,7 +189,7 @@ class ClusterConfig(Section):
     def _parts_agree(self) -> ClusterConfig:
         prefill, decode = self.pool_engine("prefill"), self.pool_engine("decode")
         if self.pools.prefill.replicas:
-            for name in ("block_size", "dtype"):
+            for name in ("block_size", "dtype", "quantization", "kv_cache_dtype"):
                 ours, theirs = getattr(prefill, name), getattr(decode, name)
                 if ours != theirs:
                     raise ValueError(
