@@ -1,5 +1,7 @@
 """Float matrices into int8 by output channel, or into 8 or 4 bits by groups of 32 inputs. No calibration data.
 
+A change of any result must raise `scheme.VALUES_VERSION`.
+
 Four bits have a free minimum (value = d * q + m): with d and m fitted, the relative error of normally distributed
 weights is 7.0%, of Laplace ones 8.2%; of the best of 19 symmetric grids (m = -8 d) 8.1% and 10.2%; and the kernels
 read m in any case.
@@ -14,9 +16,6 @@ import torch
 from torch import Tensor
 
 from workers.models.quantized import GROUP, Q8_OFFSET, ChannelWeight, GroupedWeight
-
-# Enters the fingerprint of quantized weights, and so the hashes of KV blocks: raise it when a result changes.
-QUANTIZER_VERSION = 1
 
 _INT8_MAX = 127
 _INT4_MAX = 15

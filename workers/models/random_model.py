@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from workers.models.errors import ModelError
 from workers.models.spec import DecoderSpec
-from workers.models.weights import expected_shapes
+from workers.models.tensor_shapes import expected_shapes
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 

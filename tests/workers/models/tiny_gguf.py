@@ -53,8 +53,12 @@ def write_gguf(
     metadata: dict[str, Any] | None = None,
     tensors: dict[str, np.ndarray] | None = None,
     quantization: gguf.GGMLQuantizationType | None = None,
+    quantized: dict[str, np.ndarray] | None = None,
 ) -> Path:
-    """`metadata` (None removes a key) and `tensors` are added to what the model directory gives."""
+    """`metadata` (None removes a key) and `tensors` are added to what the model directory gives.
+
+    quantized: Q8_0 blocks by GGUF name, instead of what the model directory gives.
+    """
     config = json.loads((model / "config.json").read_text())
     vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
     arch = "llama" if config["model_type"] == "mistral" else config["model_type"]
@@ -82,12 +86,16 @@ def write_gguf(
     writer = gguf.GGUFWriter(target, values.pop("general.architecture", arch))
     for key, value in values.items():
         _add(writer, key, value)
-    weights = load_file(model / "model.safetensors")
+    weights, quantized = load_file(model / "model.safetensors"), quantized or {}
     for name, value in weights.items():
         heads = config["num_attention_heads"] if ".q_proj." in name else config["num_key_value_heads"]
         if arch == "llama" and (".q_proj." in name or ".k_proj." in name):
             value = permute(value, heads)
-        if quantization is not None and value.ndim > 1:
+        if gguf_name(name) in quantized:
+            writer.add_tensor(
+                gguf_name(name), quantized[gguf_name(name)], raw_dtype=gguf.GGMLQuantizationType.Q8_0
+            )
+        elif quantization is not None and value.ndim > 1:
             writer.add_tensor(
                 gguf_name(name), gguf.quants.quantize(value, quantization), raw_dtype=quantization
             )

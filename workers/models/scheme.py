@@ -1,0 +1,71 @@
+"""How the weights of a model are served: as floats, as the checkpoint stores them, or quantized on loading."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from workers.models.checkpoint import read_json
+from workers.models.errors import ModelError
+from workers.models.gguf_blocks import GgufBlocks
+from workers.models.quantized import GROUP
+from workers.models.spec import DecoderSpec
+
+Quantization = Literal["auto", "none", "int8", "int4"]  # what a user may ask for
+SchemeName = Literal["none", "stored", "int8", "int4"]
+
+# Enters the fingerprint of quantized weights, and so the hashes of KV blocks: raise it when a quantizer's result or
+# the reading of a stored format changes.
+VALUES_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """none: floats. stored: every matrix as the checkpoint holds it. int8: a scale for each output, head too.
+    int4: a scale and minimum for each 32 inputs; the head in 8 bits by groups of 32, because four cost it quality.
+    """
+
+    name: SchemeName
+
+
+FLOATS = Scheme("none")
+
+
+def choose_scheme(wanted: str, checkpoint: Path) -> Scheme:
+    """`wanted` is the configured quantization, `checkpoint` a model directory. Raises ModelError."""
+    if wanted not in get_args(Quantization):
+        raise ModelError(
+            f"quantization {wanted!r} is not known; allowed are {', '.join(get_args(Quantization))}"
+        )
+    config = read_json(checkpoint / "config.json")
+    spec = DecoderSpec.from_config(config)
+    if wanted == "int4":
+        _check_groups(spec)
+        return Scheme("int4")
+    if wanted == "auto":
+        stored = bool(config.get("quantization_config")) or GgufBlocks.are_in(checkpoint)
+        return Scheme("stored") if stored else FLOATS
+    return Scheme("int8") if wanted == "int8" else FLOATS
+
+
+def _check_groups(spec: DecoderSpec) -> None:
+    widths = {
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "num_attention_heads * head_dim": spec.num_heads * spec.head_dim,
+    }
+    for name, width in widths.items():
+        if width % GROUP:
+            raise ModelError(
+                f"quantization int4 shares a scale among {GROUP} inputs, but the model's {name} is {width}; "
+                "use int8 or none"
+            )
+
+
+def weights_fingerprint(model_fingerprint: str, scheme: Scheme) -> str:
+    """Hex; names the values that are computed with. KV blocks of one model under two schemes differ, so this does."""
+    if scheme == FLOATS:
+        return model_fingerprint
+    return hashlib.sha256(f"{model_fingerprint}/{scheme.name}/{VALUES_VERSION}".encode()).hexdigest()
