@@ -59,7 +59,7 @@ struct Activations {
   int32_t k_pad;
   void* data;    // float, bfloat16 or int8 [m][k_pad], 64-byte aligned
   float* scale;  // I8: [m]; Q8, Q4: [m][k_pad / 32]; x = scale * q, q in [-127, 127]
-  float* sum;    // as scale: scale * (sum of q): what the weights' offsets are multiplied by
+  float* sum;    // as scale: the sum of q, a whole number: what the weights' offsets are multiplied by
 };
 
 inline size_t activation_bytes(Format format, int k_pad) {  // of `data`, a row

@@ -77,6 +77,7 @@ inline Vf load_f16(const uint16_t* p) {
 }
 
 inline Vb load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_bytes(void* p, Vb a) { _mm512_storeu_si512(p, a.v); }
 inline Vb low_nibbles(Vb a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(0x0f))}; }
 inline Vb high_nibbles(Vb a) {
   return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(0x0f))};
@@ -210,6 +211,11 @@ inline Vb load_bytes(const void* p) {
   const __m256i* q = static_cast<const __m256i*>(p);
   return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
 }
+inline void store_bytes(void* p, Vb x) {
+  __m256i* q = static_cast<__m256i*>(p);
+  _mm256_storeu_si256(q, x.a);
+  _mm256_storeu_si256(q + 1, x.b);
+}
 inline Vb low_nibbles(Vb x) {
   const __m256i mask = _mm256_set1_epi8(0x0f);
   return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
@@ -317,6 +323,7 @@ inline float half_to_float(uint16_t h) {
 }
 inline Vf load_f16(const uint16_t* p) { Vf r; HR_LANES r.v[i] = half_to_float(p[i]); return r; }
 inline Vb load_bytes(const void* p) { Vb r; std::memcpy(r.v, p, 64); return r; }
+inline void store_bytes(void* p, Vb x) { std::memcpy(p, x.v, 64); }
 inline Vb low_nibbles(Vb x) { for (auto& b : x.v) b &= 0x0f; return x; }
 inline Vb high_nibbles(Vb x) { for (auto& b : x.v) b = static_cast<uint8_t>(b >> 4); return x; }
 inline Vf dot_bf16(Vf acc, Vb w, uint32_t x) {
@@ -376,6 +383,13 @@ inline uint16_t bf16_bits(float f) {  // nearest even; NaN stays NaN
   std::memcpy(&bits, &f, 4);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline float f16_value(uint16_t h) {
+  uint16_t in[16] = {h};
+  float out[16];
+  store(out, load_f16(in));
+  return out[0];
 }
 
 }  // namespace hr
