@@ -1,0 +1,138 @@
+// One block of rows times one panel, for the formats whose groups, if any, span all of k: F32, BF16, I8.
+//
+// All three are walked in steps of four bytes of a row of x against 256 bytes of the panel: one float, a pair of
+// bfloat16 or four int8 of x, times 64 columns. A tile of R rows by S strips of 16 columns is kept in registers.
+#pragma once
+
+#include "gemm.h"
+#include "simd.h"
+
+namespace hr {
+
+// always_inline: a tile's accumulators must stay in the caller's registers.
+#define HR_INLINE inline __attribute__((always_inline))
+
+// Before a loop over rows or strips: registers have no index. Plain C++ has no such registers, only longer to compile.
+#if defined(__AVX2__)
+#define HR_UNROLL _Pragma("GCC unroll 8")
+#else
+#define HR_UNROLL
+#endif
+
+constexpr int kStrips = kPanel / kLanes;
+constexpr int kStepBytes = kPanel * 4;
+
+// The tile that fits the registers: accumulators, the weights of one step and one broadcast.
+#if defined(__AVX512F__)
+constexpr int kRows = 6;  // 24 accumulators of 32 registers
+constexpr int tile_strips(int) { return 4; }
+#elif defined(__AVX2__)
+constexpr int kRows = 4;  // 8 accumulators of 16 registers, two to a strip
+constexpr int tile_strips(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+#else
+constexpr int kRows = 2;
+constexpr int tile_strips(int) { return 1; }
+#endif
+
+template <Format F>
+struct Dense;
+
+template <>
+struct Dense<Format::F32> {
+  using Acc = Vf;
+  using Weights = Vf;
+  static HR_INLINE Weights weights(const uint8_t* p) { return load(reinterpret_cast<const float*>(p)); }
+  static HR_INLINE Acc dot(Acc acc, Weights w, const uint8_t* x) {
+    float value;
+    std::memcpy(&value, x, 4);
+    return fma(set1(value), w, acc);
+  }
+  static HR_INLINE Acc start(const Activations&, int) { return zero_f(); }
+  static HR_INLINE Vf finish(Acc acc, const Activations&, int, const float*, Vf bias) { return acc + bias; }
+};
+
+template <>
+struct Dense<Format::BF16> : Dense<Format::F32> {
+  using Weights = Vb;
+  static HR_INLINE Weights weights(const uint8_t* p) { return load_bytes(p); }
+  static HR_INLINE Acc dot(Acc acc, Weights w, const uint8_t* x) {
+    uint32_t pair;
+    std::memcpy(&pair, x, 4);
+    return dot_bf16(acc, w, pair);
+  }
+};
+
+template <>
+struct Dense<Format::I8> {
+  using Acc = Vi;
+  using Weights = Vb;
+  static HR_INLINE Weights weights(const uint8_t* p) { return load_bytes(p); }
+  static HR_INLINE Acc dot(Acc acc, Weights w, const uint8_t* x) {
+    int32_t quad;
+    std::memcpy(&quad, x, 4);
+    return dot_u8s8(acc, w, quad);
+  }
+  // The weights' offset of 128, taken off in whole numbers: exact.
+  static HR_INLINE Acc start(const Activations& x, int row) { return set1_i(-128 * static_cast<int32_t>(x.sum[row])); }
+  static HR_INLINE Vf finish(Acc acc, const Activations& x, int row, const float* scale, Vf bias) {
+    return fma(to_float(acc) * set1(x.scale[row]), load(scale), bias);
+  }
+};
+
+// What to read ahead of use: `lines` cache lines a step, from `from` on.
+struct Ahead {
+  const uint8_t* from;
+  int lines;
+};
+
+template <Format F, int R, int S, int Lines>
+HR_INLINE void dense_steps(typename Dense<F>::Acc (&acc)[R][S], const uint8_t* w, const uint8_t* x, size_t stride,
+                           int steps, const uint8_t* ahead) {
+  for (int s = 0; s < steps; ++s, w += kStepBytes, x += 4, ahead += Lines * 64) {
+    typename Dense<F>::Weights strip[S];
+    HR_UNROLL for (int j = 0; j < S; ++j) strip[j] = Dense<F>::weights(w + j * 64);
+    HR_UNROLL for (int line = 0; line < Lines; ++line) __builtin_prefetch(ahead + line * 64);
+    HR_UNROLL for (int r = 0; r < R; ++r) {
+      HR_UNROLL for (int j = 0; j < S; ++j) acc[r][j] = Dense<F>::dot(acc[r][j], strip[j], x + r * stride);
+    }
+  }
+}
+
+// Rows [row, row + R) of x times all of one panel.
+template <Format F, int R, int Lines>
+void dense_tile(const Matrix& w, int index, const Activations& x, int row, const uint8_t* ahead, float* out,
+                int64_t ldc) {
+  constexpr int S = tile_strips(R);
+  const size_t stride = activation_bytes(F, w.k_pad);
+  const uint8_t* x_row = static_cast<const uint8_t*>(x.data) + static_cast<size_t>(row) * stride;
+  for (int strip = 0; strip < kStrips; strip += S) {
+    typename Dense<F>::Acc acc[R][S];
+    for (int r = 0; r < R; ++r) {
+      for (int j = 0; j < S; ++j) acc[r][j] = Dense<F>::start(x, row + r);
+    }
+    dense_steps<F, R, S, Lines>(acc, panel(w, index) + strip * 64, x_row, stride, static_cast<int>(stride / 4), ahead);
+    for (int j = 0; j < S; ++j) {
+      const int column = index * kPanel + (strip + j) * kLanes;
+      const Vf bias = w.bias ? load(w.bias + column) : zero_f();
+      for (int r = 0; r < R; ++r) {
+        store(out + r * ldc + (strip + j) * kLanes, Dense<F>::finish(acc[r][j], x, row + r, w.scale + column, bias));
+      }
+    }
+  }
+}
+
+template <Format F, int R = kRows>
+void dense_rest(int rows, const Matrix& w, int index, const Activations& x, int row, const uint8_t* ahead, float* out,
+                int64_t ldc) {
+  if (rows == R) return dense_tile<F, R, 4>(w, index, x, row, ahead, out, ldc);
+  if constexpr (R > 1) dense_rest<F, R - 1>(rows, w, index, x, row, ahead, out, ldc);
+}
+
+template <Format F>
+void gemm_dense(const Matrix& w, int index, const Activations& x, int m0, int m1, float* out, int64_t ldc) {
+  const uint8_t* ahead = panel(w, index) + 4096;
+  for (; m1 - m0 >= kRows; m0 += kRows, out += kRows * ldc) dense_tile<F, kRows, 4>(w, index, x, m0, ahead, out, ldc);
+  if (m0 < m1) dense_rest<F>(m1 - m0, w, index, x, m0, ahead, out, ldc);
+}
+
+}  // namespace hr
