@@ -5,8 +5,9 @@
 // block_size * (head_dim + 4) bytes.
 //
 // What a query's output is hangs on its sequence alone: keys are visited in chunks that begin at multiples of
-// kKeyChunk positions, in order, so that neither the batch, nor the division of a prompt into chunks, nor a prefix hit
-// changes a bit of it.
+// kKeyChunk positions, in order, chunks are summed up within parts that begin at multiples of kSplitKeys, and the parts
+// are merged in order. So neither the batch, nor the division of a prompt into chunks, nor a prefix hit, nor the number
+// of threads that share a context changes a bit of it.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +17,8 @@ namespace hr {
 
 enum class KvType : int32_t { F32 = 0, BF16 = 1, I8 = 2 };
 
-constexpr int kKeyChunk = 256;  // keys scored at once; a multiple of every usual block size
+constexpr int kKeyChunk = 256;   // keys scored at once; int8 products of more would overflow
+constexpr int kSplitKeys = 2048;  // keys of a part: a context may be divided among threads at multiples of this
 
 struct KvCache {
   uint8_t* data;
@@ -44,25 +46,30 @@ struct Sequence {
 struct AttentionShape {
   int32_t num_heads;  // a multiple of num_kv_heads; consecutive query heads share a KV head
   int32_t window;     // positions a query sees, its own included; 0: all
-  float scale;        // of the scores
+  float scale;        // of the scores, above 0
 };
+
+// head_dim: a multiple of 16 up to 256; block_size: 1 to 256.
+bool attention_supports(int head_dim, int block_size);
 
 // Scratch floats that one call of `attend` may use.
 size_t attend_scratch_floats(const KvCache& kv, const AttentionShape& shape);
 // Query rows of one work item: the caller divides a sequence's queries into items of at most this many.
 int attend_rows(const KvCache& kv, const AttentionShape& shape);
 
-// Queries rows [row0, row0 + rows) of the sequence (relative to its first_row; rows <= attend_rows), all query heads of
-// one KV head, against keys [key0, key1) that they may see (causal, window); key0 is a multiple of kKeyChunk.
+// Query rows [row0, row0 + rows) of the sequence (relative to its first_row; rows <= attend_rows), all query heads of
+// one KV head, against the keys of [key0, key1) that they may see (causal, window).
 // q: float [..][q_stride], head h of row r at q + r * q_stride + h * head_dim, r counted over the step's rows, rotated.
 // Whole context (key0 = 0, key1 >= length): writes out (bfloat16 or float by `out_bf16`, [..][out_stride], same
-// indexing). Otherwise a part of a split context: writes to `partial`, for merge_partials:
-// per row and head of the group: float [head_dim] sum of p * v, then the running maximum and the sum of p.
+// indexing). Otherwise one part of it, key0 = i * kSplitKeys, key1 = min(key0 + kSplitKeys, length): writes
+// float [rows][group][head_dim + 2] to `partial`, which merge_partials adds up to the very bits of the whole. Parts may
+// be left out when they end before the window begins.
 void attend(const KvCache& kv, int layer, const AttentionShape& shape, const Sequence& seq, int kv_head, int row0,
             int rows, int key0, int key1, const float* q, int64_t q_stride, void* out, int64_t out_stride,
             bool out_bf16, float* partial, float* scratch, bool use_tiles);
 
-// Sum of the parts of one row and head, in order. parts: [num_parts] pointers to float [head_dim + 2].
+// Sum of the parts of one row and head, in order: out [head_dim]. parts: [num_parts >= 1] pointers to
+// float [head_dim + 2]: sum of p * v, the largest score in units of log2, the sum of p.
 void merge_partials(const float* const* parts, int num_parts, int head_dim, void* out, bool out_bf16);
 
 // One row's worth of work after the QKV projection for one head: optional RMS norm (weight [head_dim] or null), then the
