@@ -18,14 +18,18 @@ import torch
 _NOISE_SPAN = 26.1
 # Below this a draw is an argmax: the best token wins unless another is within 0.0003 of it, and dividing by much less
 # would overflow float32, where all large logits become the same infinity.
-_COLDEST = 1e-5
+COLDEST = 1e-5
 _MASK32 = 0xFFFFFFFF
+
+
+def noise_key(seed: int, position: int) -> bytes:
+    """Two little-endian u32 that key the noise of one draw."""
+    return hashlib.blake2b(struct.pack("<QQ", seed, position), digest_size=8).digest()
 
 
 def gumbel_noise(seed: int, position: int, token_ids: torch.Tensor) -> torch.Tensor:
     """float64 noise for each of `token_ids` (int64, any shape): murmur3's finalizer, keyed twice, over the id."""
-    key = hashlib.blake2b(struct.pack("<QQ", seed, position), digest_size=8).digest()
-    first, second = struct.unpack("<II", key)
+    first, second = struct.unpack("<II", noise_key(seed, position))
     bits = (token_ids * 0x9E3779B1 + first) & _MASK32
     bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & _MASK32
     bits = ((bits ^ (bits >> 13)) * 0xC2B2AE35) & _MASK32
@@ -54,7 +58,8 @@ def candidates(logits: torch.Tensor, top_k: int, top_p: float, min_p: float) -> 
     kept = logits[ids]
     # What _NOISE_SPAN left out still counts in the total that top_p is a share of, unless another filter took it out.
     rest_filtered = min_p > 0.0 or 0 < top_k < logits.numel()
-    total = torch.logsumexp(kept if rest_filtered else logits, dim=0)
+    # In float64: at a temperature next to zero the logits are so large that float32 cannot tell shares apart.
+    total = torch.logsumexp((kept if rest_filtered else logits).to(torch.float64), dim=0)
     order = torch.argsort(kept, descending=True, stable=True)
     probs = torch.exp(kept[order].to(torch.float64) - total)
     before = torch.cumsum(probs, dim=0) - probs
@@ -72,8 +77,9 @@ def sample(
     position: int,
 ) -> int:
     """One token from `logits` [vocab] (float32, penalties and bias applied). temperature 0, or nearly, is argmax."""
-    if temperature < _COLDEST:
-        return int(torch.argmax(logits))
+    best = torch.argmax(logits)
+    if temperature < COLDEST or logits[best].isinf():  # -inf: every token is barred, and there are no shares
+        return int(best)
     scaled = logits / temperature
     ids = candidates(scaled, top_k, top_p, min_p)
     return int(ids[torch.argmax(scaled[ids] + gumbel_noise(seed, position, ids))])

@@ -209,6 +209,10 @@ class Serving:
 
     def _deliver(self, result: StepResult) -> None:
         """Under the lock, right after a step."""
+        for request in result.failed:
+            reason = "the model's output for this request is not a number"
+            self.handoffs.cancel(request.request_id, reason)
+            self._fail(request.request_id, "internal", reason)
         first_tokens = {new.request.request_id: new for new in result.tokens if new.request.prefill_only}
         for request in result.progressed:
             self.handoffs.advance(request, first_tokens.get(request.request_id))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from workers.protocol.messages import FinishReason, TokenLogprobs, Work
 
@@ -48,6 +49,7 @@ class Request:
         self.preemptions = 0
         self.finish_reason: FinishReason | None = None
         self.stop_token: int | None = None
+        self.sampler_memo: Any = None  # whatever the sampler has made of `sampling`, kept for the next step
         self.times = Times()
 
     @property

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from kernels.sampling import sample
-from workers.engine.scheduler import Sampled
+from workers.engine.request import Request
+from workers.engine.scheduler import NOT_A_NUMBER, Sampled
 from workers.protocol.messages import Sampling, TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class SampleInput:
-    """What the choice of one token hangs on besides the logits."""
+class SampleInput(NamedTuple):
+    """What the choice of one token hangs on besides the logits: the request's sampling and its tokens so far."""
 
-    sampling: Sampling
+    request: Request
     position: int  # index of the token among the output tokens
-    token_ids: Sequence[int]  # prompt and output so far
-    num_prompt_tokens: int
+    draft: Sequence[int] = ()  # speculated tokens between the request's known ones and this position
 
 
 class Sampler:
@@ -29,10 +28,15 @@ class Sampler:
 
     def __call__(self, logits: torch.Tensor, inputs: Sequence[SampleInput]) -> list[Sampled]:
         """`logits` is float32 [len(inputs), vocab]; rows are changed in place where bias or penalties apply."""
-        greedy = logits.argmax(dim=-1).tolist() if any(_plain_greedy(i.sampling) for i in inputs) else []
+        best, ids = logits.max(dim=-1)  # NaN where there is one
+        broken = best.isnan().tolist()
+        greedy = ids.tolist()
         results = []
         for row, given in enumerate(inputs):
-            sampling = given.sampling
+            if broken[row]:
+                results.append(Sampled(NOT_A_NUMBER, None))
+                continue
+            sampling = given.request.sampling
             # Log-probabilities are the model's own: taken before bias, penalties and temperature.
             raw = torch.log_softmax(logits[row], dim=-1) if sampling.logprobs is not None else None
             if _plain_greedy(sampling):
@@ -52,14 +56,14 @@ class Sampler:
         return results
 
     def _adjust(self, row: torch.Tensor, given: SampleInput) -> None:
-        sampling = given.sampling
+        request, sampling = given.request, given.request.sampling
         if sampling.repetition_penalty != 1.0:
-            seen = torch.tensor(list(set(given.token_ids)), device=row.device)
+            seen = torch.tensor(list({*request.token_ids, *given.draft}), device=row.device)
             values = row[seen]
             penalty = sampling.repetition_penalty
             row[seen] = torch.where(values > 0, values / penalty, values * penalty)
         if sampling.presence_penalty or sampling.frequency_penalty:
-            counts = Counter(given.token_ids[given.num_prompt_tokens :])
+            counts = Counter([*request.output_token_ids, *given.draft])
             if counts:
                 tokens = torch.tensor(list(counts), device=row.device)
                 times = torch.tensor(list(counts.values()), dtype=row.dtype, device=row.device)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from workers.engine.block_pool import BlockPool
 from workers.engine.request import NewToken, Request, State
@@ -40,11 +41,13 @@ class Plan:
         return sum(item.count for item in self.items)
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+NOT_A_NUMBER = -1
+
+
+class Sampled(NamedTuple):
     """What the runner chose for one sampling item of the plan, in plan order."""
 
-    token: int
+    token: int  # NOT_A_NUMBER: the logits held a NaN, and this request alone fails
     logprobs: TokenLogprobs | None
 
 
@@ -53,9 +56,9 @@ class StepResult:
     """What `update` made of a step."""
 
     tokens: list[NewToken]
-    progressed: list[
-        Request
-    ]  # prefill-only requests with newly computed blocks; PREFILLED ones are to be finished
+    # Prefill-only requests with newly computed blocks; PREFILLED ones are to be finished.
+    progressed: list[Request]
+    failed: list[Request]  # those whose logits were not numbers; they hold nothing any more
 
 
 class Scheduler:
@@ -227,7 +230,7 @@ class Scheduler:
 
     def update(self, plan: Plan, sampled: Sequence[Sampled]) -> StepResult:
         """The plan has run: `sampled` has one entry for each item that samples, in order."""
-        result = StepResult([], [])
+        result = StepResult([], [], [])
         self._in_flight = set()
         choices = iter(sampled)
         now = self._clock()
@@ -236,6 +239,10 @@ class Scheduler:
             choice = next(choices) if item.samples else None
             if request.cancelled:
                 self._finish(request)
+                continue
+            if choice is not None and choice.token == NOT_A_NUMBER:
+                self._finish(request)  # its last blocks are not stored: nobody else shall find a NaN in them
+                result.failed.append(request)
                 continue
             request.num_computed_tokens = item.start + item.count
             self._store_full_blocks(request)

@@ -43,14 +43,7 @@ class StepInput:
             block_tables.append(table[: -(-end // block_size)])
             if item.samples:
                 sample_rows.append(len(token_ids) - 1)
-                samples.append(
-                    SampleInput(
-                        request.sampling,
-                        request.num_output_tokens,
-                        request.token_ids,
-                        request.num_prompt_tokens,
-                    )
-                )
+                samples.append(SampleInput(request, request.num_output_tokens))
         return StepInput(
             token_ids, positions, slots, query_start, seq_lens, block_tables, sample_rows, samples
         )

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from kernels.sampling import candidates, gumbel_noise, sample
+from workers.engine.request import Request
 from workers.engine.sampler import SampleInput, Sampler
-from workers.protocol.messages import Sampling
+from workers.protocol.messages import Sampling, Work
 
 
 def draw(logits: torch.Tensor, position: int, **kwargs: float) -> int:
@@ -84,9 +85,9 @@ def test_far_off_tokens_still_count_in_the_total_of_top_p() -> None:
 
 
 def run(logits: torch.Tensor, sampling: Sampling, output: list[int] | None = None) -> tuple[int, object]:
-    tokens = [1, 2, *(output or [])]
+    request = Request(Work(request_id="a", prompt=[1, 2], sampling=sampling, output=output or []))
     [result] = Sampler(frozenset({0}))(
-        logits.clone()[None], [SampleInput(sampling, len(tokens) - 2, tokens, 2)]
+        logits.clone()[None], [SampleInput(request, request.num_output_tokens)]
     )
     return result.token, result.logprobs
 

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from workers.engine.block_pool import BlockPool
 from workers.engine.request import Request, State
-from workers.engine.scheduler import Plan, Sampled, Scheduler
+from workers.engine.scheduler import NOT_A_NUMBER, Plan, Sampled, Scheduler
 from workers.protocol.messages import Sampling, Work
 
 BLOCK = 4
@@ -144,6 +144,19 @@ def test_stop_reasons() -> None:
     assert finish(EOS, ignore_eos=True).finish_reason is None
     assert finish(6, stop_token_ids=(6,)).stop_token == 6
     assert finish(5).finish_reason is None
+
+
+def test_a_request_whose_logits_are_not_numbers_ends_alone() -> None:
+    scheduler = make_scheduler(budget=32)
+    for name in ("good", "bad"):
+        scheduler.add(make_request(name, [ord(name[0])] * 9))
+    plan = scheduler.schedule()
+    result = scheduler.update(plan, [Sampled(3, None), Sampled(NOT_A_NUMBER, None)])
+    assert [request.request_id for request in result.failed] == ["bad"]
+    assert [new.request.request_id for new in result.tokens] == ["good"]
+    scheduler.check()
+    assert list(scheduler.requests) == ["good"]
+    assert scheduler.uncached_tokens(make_request("again", [ord("b")] * 9)) == 9, "its blocks are not shared"
 
 
 def test_reserve_refuses_without_room_and_holds_nothing() -> None:
