@@ -10,7 +10,8 @@ read m in any case.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -31,11 +32,14 @@ def quantize_channels(weight: Tensor) -> ChannelWeight:
     n, k = weight.shape
     q = torch.empty(n, k, dtype=torch.int8)
     scale = torch.empty(n, dtype=torch.float32)
-    for rows, part in _chunks(weight, k):
+
+    def convert(rows: slice, part: Tensor) -> None:
         absmax = part.abs().amax(-1)
         scale[rows] = absmax / _INT8_MAX
         part *= torch.where(absmax > 0, _INT8_MAX / absmax, 0)[:, None]
         q[rows] = part.round_().clamp_(-_INT8_MAX, _INT8_MAX).to(torch.int8)
+
+    _by_chunks(weight, k, convert)
     return ChannelWeight(q.numpy(), scale.numpy())
 
 
@@ -44,11 +48,14 @@ def quantize_q8(weight: Tensor) -> GroupedWeight:
     n, k = weight.shape
     q = torch.empty(n * k // GROUP, GROUP, dtype=torch.uint8)
     d = torch.empty(n * k // GROUP, dtype=torch.float16)
-    for groups, part in _chunks(weight, GROUP):
+
+    def convert(groups: slice, part: Tensor) -> None:
         scale = (part.abs().amax(-1) / _INT8_MAX).half()
         d[groups] = scale
         part *= _inverse(scale)[:, None]
         q[groups] = part.round_().clamp_(-_INT8_MAX, _INT8_MAX).add_(Q8_OFFSET).to(torch.uint8)
+
+    _by_chunks(weight, GROUP, convert)
     return GroupedWeight("q8", q.numpy().reshape(n, k), d.numpy().reshape(n, -1))
 
 
@@ -61,8 +68,11 @@ def quantize_q4(weight: Tensor) -> GroupedWeight:
     q = torch.empty(n * k // GROUP, GROUP, dtype=torch.uint8)
     d = torch.empty(n * k // GROUP, dtype=torch.float16)
     m = torch.empty_like(d)
-    for groups, part in _chunks(weight, GROUP):
+
+    def convert(groups: slice, part: Tensor) -> None:
         q[groups], d[groups], m[groups] = _best_grid(part)
+
+    _by_chunks(weight, GROUP, convert)
     return GroupedWeight("q4", q.numpy().reshape(n, k), d.numpy().reshape(n, -1), m.numpy().reshape(n, -1))
 
 
@@ -107,10 +117,23 @@ def _inverse(d: Tensor) -> Tensor:
     return torch.where(d.abs() >= _MIN_SCALE, 1 / d, 0)
 
 
-def _chunks(weight: Tensor, columns: int) -> Iterator[tuple[slice, Tensor]]:
-    """`weight` as float32 rows of `columns` values, some at a time: a copy that may be overwritten."""
+def _by_chunks(weight: Tensor, columns: int, convert: Callable[[slice, Tensor], None]) -> None:
+    """`weight` as rows of `columns` values, some at a time: `convert` gets a float32 copy that it may overwrite.
+
+    A thread takes a chunk through all of its operations. Threads inside of torch's operations would meet at each of
+    them, which on a busy machine takes ten times as long as one thread alone.
+    """
     flat = weight.contiguous().view(-1, columns)
     rows = max(1, _CHUNK // columns)
-    for first in range(0, len(flat), rows):
+
+    def run(first: int) -> None:
         part = flat[first : first + rows]
-        yield slice(first, first + len(part)), part.to(torch.float32, copy=True)
+        convert(slice(first, first + len(part)), part.to(torch.float32, copy=True))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(run, range(0, len(flat), rows)))
+    finally:
+        torch.set_num_threads(threads)
