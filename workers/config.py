@@ -21,6 +21,32 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+class SpeculationConfig(Section):
+    """Tokens guessed ahead and verified several at a time. The output is the same without it."""
+
+    method: Literal["none", "ngram", "draft"] = Field(
+        "none", description="ngram: what followed the last tokens before; draft: a smaller model guesses"
+    )
+    max_tokens: int = Field(
+        4, ge=1, le=16, description="guesses per request and step; fewer where it does not pay"
+    )
+    ngram_min: int = Field(2, ge=1, le=16, description="tokens that must match at least (ngram)")
+    ngram_max: int = Field(
+        4, ge=1, le=16, description="tokens compared at most; the longest match counts (ngram)"
+    )
+    draft_model: Path | None = Field(
+        None, description="directory of a smaller model with the same vocabulary (draft)"
+    )
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.ngram_min > self.ngram_max:
+            raise ValueError(f"ngram_min ({self.ngram_min}) is above ngram_max ({self.ngram_max})")
+        if (self.method == "draft") != (self.draft_model is not None):
+            raise ValueError("method draft and draft_model go together: set both or neither")
+        return self
+
+
 class EngineConfig(Section):
     """One model replica: memory, batch and precision."""
 
@@ -29,7 +55,9 @@ class EngineConfig(Section):
     quantization: Quantization = Field(
         "auto", description="of the weights; auto: as the checkpoint stores them, where the kernels can"
     )
-    kv_cache_dtype: Literal["auto", "int8"] = Field("auto", description="auto: as dtype; int8 halves its memory")
+    kv_cache_dtype: Literal["auto", "int8"] = Field(
+        "auto", description="auto: as dtype; int8 halves its memory"
+    )
     kernels: Kernels = Field(
         "auto", description="on a CPU: auto is the best native variant, or torch where none can be built"
     )
@@ -51,8 +79,10 @@ class EngineConfig(Section):
         None, description="cores to pin the native kernels' threads to, one for each; null: no pinning"
     )
     deterministic: bool = Field(
-        False, description="a request's tokens never hang on its batch; costs speed with AMX, nothing without it"
+        False,
+        description="a request's tokens never hang on its batch; costs speed with AMX, nothing without it",
     )
+    speculation: SpeculationConfig = SpeculationConfig()
 
     @model_validator(mode="after")
     def _a_core_for_each(self) -> Self:
