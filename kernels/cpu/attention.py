@@ -6,9 +6,10 @@ A model's step runs the same kernels from within one native call (decoder.py), o
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import POINTER, c_float, c_int32, c_void_p
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ def attend(
     q = q.contiguous()
     out = torch.empty(q.shape, dtype=out_dtype)
     native = cache.native
-    arrays = [_int32(query_start), _int32(lengths), _int32(sum(map(list, block_tables), [])), _int32(starts)]
+    arrays = [_int32(query_start), _int32(lengths), _int32(chain.from_iterable(block_tables)), _int32(starts)]
     attend_batch(
         ctypes.byref(native),
         layer,
@@ -111,7 +112,9 @@ def attend(
     return out
 
 
-def norm_rotate(library: Library, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float) -> None:
+def norm_rotate(
+    library: Library, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float
+) -> None:
     """Heads x float32 [T, H, D] in place: RMS norm where there is a weight [D], then rotation by cos, sin [T, D / 2]."""
     function = library.cdll.hr_norm_rotate
     function.restype = None
@@ -135,5 +138,5 @@ def split_keys(library: Library) -> int:
     return int(library.cdll.hr_split_keys())
 
 
-def _int32(values: Sequence[int]) -> Tensor:
+def _int32(values: Iterable[int]) -> Tensor:
     return torch.tensor(list(values), dtype=torch.int32)

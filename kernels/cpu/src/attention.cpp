@@ -13,7 +13,7 @@ constexpr int kBlockRows = 24;  // of these, scored at a time: their scores stay
 constexpr size_t kScoreBytes = kKeyChunk * 4;
 constexpr size_t kAlign = 64;
 
-size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+uintptr_t aligned(uintptr_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
 // A token that no query sees has no key and no value: neither what a slot held before nor the end of a buffer matters.
 alignas(64) const uint8_t kNothing[256 * 4] = {};
@@ -26,12 +26,12 @@ struct Scratch {
   size_t query_bytes, state_floats;  // of a row
   size_t bytes;                      // of all
 
-  Scratch(const KvCache& kv, int rows, uint8_t* base) {
+  Scratch(const KvCache& kv, int rows, uintptr_t base) {
     const size_t dim = static_cast<size_t>(kv.head_dim), n = static_cast<size_t>(rows);
     const size_t value_bytes = kv.type == KvType::F32 ? 4 : 2;
-    size_t at = 0;
+    uintptr_t at = aligned(base);
     const auto take = [&](size_t size) {
-      uint8_t* piece = base + at;
+      uint8_t* piece = reinterpret_cast<uint8_t*>(at);
       at += aligned(size);
       return piece;
     };
@@ -48,7 +48,7 @@ struct Scratch {
     value_scales = reinterpret_cast<float*>(take(kKeyChunk * 4));
     states = reinterpret_cast<float*>(take(n * state_floats * 4));
     parts = reinterpret_cast<float*>(take(n * state_floats * 4));
-    bytes = at;
+    bytes = at - base;
   }
 };
 
@@ -201,7 +201,7 @@ int attend_rows(const KvCache& kv, const AttentionShape& shape) {
 
 size_t attend_scratch_floats(const KvCache& kv, const AttentionShape& shape) {
   const int rows = attend_rows(kv, shape) * (shape.num_heads / kv.num_kv_heads);
-  return (Scratch(kv, rows, nullptr).bytes + kAlign) / 4;
+  return (Scratch(kv, rows, 0).bytes + kAlign) / 4;
 }
 
 void attend(const KvCache& kv, int layer, const AttentionShape& shape, const Sequence& seq, int kv_head, int row0,
@@ -209,8 +209,7 @@ void attend(const KvCache& kv, int layer, const AttentionShape& shape, const Seq
             bool out_bf16, float* partial, float* scratch, bool use_tiles) {
   (void)use_tiles;
   const int group = shape.num_heads / kv.num_kv_heads;
-  uint8_t* base = reinterpret_cast<uint8_t*>(aligned(reinterpret_cast<size_t>(scratch)));
-  const Scratch s(kv, attend_rows(kv, shape) * group, base);
+  const Scratch s(kv, attend_rows(kv, shape) * group, reinterpret_cast<uintptr_t>(scratch));
   const auto run = [&](auto format) {
     Item<decltype(format)> item(kv, layer, shape, seq, kv_head, row0, rows, q, q_stride, s);
     attend_item(item, key0, key1, s, kv.head_dim);
