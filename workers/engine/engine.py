@@ -15,16 +15,14 @@ from dataclasses import dataclass, field
 import torch
 
 from workers.config import EngineConfig
+from workers.engine.backend import open_backend
 from workers.engine.block_pool import BlockPool
 from workers.engine.request import Request
-from workers.engine.runner import Runner
-from workers.engine.sampler import Sampler
 from workers.engine.scheduler import Scheduler, StepResult
 from workers.engine.step_input import StepInput
 from workers.models.catalog import PreparedModel
-from workers.models.decoder import Decoder, load_decoder
 from workers.protocol.hashes import hash_root
-from workers.protocol.messages import FinishReason, KvLayout, Load, Sampling, TokenLogprobs, Work
+from workers.protocol.messages import FinishReason, Load, Sampling, TokenLogprobs, Work
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +52,8 @@ class Engine:
             raise ValueError(
                 f"engine.max_model_len is {config.max_model_len}, but the model goes up to {model.max_model_len}"
             )
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
-        device = torch.device(_choose_device(config.device))
-        dtype = _choose_dtype(config.dtype)
-        decoder = load_decoder(model.path, dtype, device, max_positions=model.max_model_len)
-        self.layout = kv_layout(decoder, config.block_size, model.fingerprint)
+        backend = open_backend(config, model)
+        self.layout = backend.layout
         self.num_blocks = config.num_blocks or int(config.kv_cache_memory) // self.layout.block_bytes
         if self.num_blocks == 0:
             raise ValueError(
@@ -77,7 +71,7 @@ class Engine:
             )
         self.vocab_size = model.vocab_size
         self.max_num_seqs = config.max_num_seqs
-        self.hash_root = hash_root(model.fingerprint, self.layout.dtype, config.block_size)
+        self.hash_root = hash_root(self.layout.model_fingerprint, self.layout.dtype, config.block_size)
         self.lock = threading.RLock()
         self.pool = BlockPool(self.num_blocks, caching=config.prefix_caching)
         self.scheduler = Scheduler(
@@ -88,7 +82,7 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             eos_token_ids=frozenset(model.eos_token_ids),
         )
-        self.runner = Runner(decoder, Sampler(frozenset(model.eos_token_ids)), self.layout, self.num_blocks)
+        self.runner = backend.runner(self.num_blocks)
         self._prompt_tokens = 0
         self._output_tokens = 0
 
@@ -180,29 +174,3 @@ class Engine:
         while self.scheduler.has_work:
             self.step(collect)
         return list(completions.values())
-
-
-def kv_layout(decoder: Decoder, block_size: int, fingerprint: str) -> KvLayout:
-    spec = decoder.spec
-    return KvLayout(
-        num_layers=spec.num_layers,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        block_size=block_size,
-        dtype=str(decoder.dtype).removeprefix("torch."),
-        model_fingerprint=fingerprint,
-    )
-
-
-def _choose_device(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("engine.device is cuda, but torch finds no GPU here; use cpu or auto")
-    return device
-
-
-def _choose_dtype(dtype: str) -> torch.dtype:
-    chosen = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-    assert isinstance(chosen, torch.dtype)
-    return chosen

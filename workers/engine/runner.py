@@ -13,7 +13,9 @@ from workers.models.decoder import Decoder
 from workers.protocol.messages import KvLayout
 
 
-class Runner:
+class TorchRunner:
+    kernels = "torch"
+
     def __init__(self, model: Decoder, sampler: Sampler, layout: KvLayout, num_blocks: int) -> None:
         self.model = model
         self.device = model.device

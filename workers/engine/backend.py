@@ -1,0 +1,111 @@
+"""What carries out the steps: torch, or the native kernels of this CPU. Chosen once, when the engine starts."""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+import torch
+
+from workers.config import EngineConfig
+from workers.engine.runner import TorchRunner
+from workers.engine.scheduler import Sampled
+from workers.engine.step_input import StepInput
+from workers.models.catalog import PreparedModel
+from workers.models.errors import NotHere
+from workers.protocol.messages import KvLayout
+
+logger = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """A model with its KV cache. One step at a time."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def kernels(self) -> str:
+        """What computes: "torch", or the variant of the native library."""
+
+    @property
+    def kv_cache(self) -> torch.Tensor:
+        """[num_blocks, ...], each block contiguous, in the layout's bytes."""
+
+    def run(self, step: StepInput) -> list[Sampled]:
+        """One entry for each of `step.samples`."""
+
+
+class Backend(Protocol):
+    """A loaded model, before the size of its KV cache is known."""
+
+    @property
+    def layout(self) -> KvLayout: ...
+
+    def runner(self, num_blocks: int) -> Runner:
+        """Called once."""
+
+
+def open_backend(config: EngineConfig, model: PreparedModel) -> Backend:
+    """Load the weights. Raises ModelError, and ValueError for a setting that cannot be had here."""
+    from workers.engine.native_runner import NativeBackend
+
+    device = choose_device(config.device)
+    if device.type != "cpu" or config.kernels == "torch":
+        return TorchBackend(config, model, device)
+    try:
+        return NativeBackend(config, model)
+    except NotHere as error:
+        if config.kernels != "auto":
+            raise ValueError(f"engine.kernels is {config.kernels}: {error}") from error
+        logger.warning(
+            "native CPU kernels are not used, torch takes their place, several times slower: %s", error
+        )
+        return TorchBackend(config, model, device)
+
+
+class TorchBackend:
+    """Eager torch on any device: the oracle, the GPU path, and what is left on a CPU without a compiler."""
+
+    def __init__(self, config: EngineConfig, model: PreparedModel, device: torch.device) -> None:
+        from workers.engine.sampler import Sampler
+        from workers.models.decoder import load_decoder
+
+        if config.kv_cache_dtype == "int8":
+            raise ValueError("engine.kv_cache_dtype int8 needs the native CPU kernels; use auto")
+        if config.quantization in ("int8", "int4"):
+            raise ValueError(
+                f"engine.quantization {config.quantization} needs the native CPU kernels; use auto or none"
+            )
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self._decoder = load_decoder(
+            model.path, choose_dtype(config.dtype), device, max_positions=model.max_model_len
+        )
+        self._sampler = Sampler(frozenset(model.eos_token_ids))
+        spec = self._decoder.spec
+        self.layout = KvLayout(
+            num_layers=spec.num_layers,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            block_size=config.block_size,
+            dtype=str(self._decoder.dtype).removeprefix("torch."),
+            model_fingerprint=model.fingerprint,
+        )
+
+    def runner(self, num_blocks: int) -> Runner:
+        return TorchRunner(self._decoder, self._sampler, self.layout, num_blocks)
+
+
+def choose_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("engine.device is cuda, but torch finds no GPU here; use cpu or auto")
+    return torch.device(device)
+
+
+def choose_dtype(dtype: str) -> torch.dtype:
+    chosen = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    assert isinstance(chosen, torch.dtype)
+    return chosen

@@ -1,0 +1,125 @@
+"""Steps by the native CPU library: one call for the whole model, one for the sampling of all rows."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+
+from kernels.cpu import attention
+from kernels.cpu.build import BuildError
+from kernels.cpu.decoder import CpuDecoder, PackedModel, StepArrays, ThreadPool, kv_struct
+from kernels.cpu.library import Library, load
+from kernels.cpu.structures import KvType
+from workers.config import EngineConfig
+from workers.engine.native_sampler import NativeSampler
+from workers.engine.scheduler import Sampled
+from workers.engine.step_input import StepInput
+from workers.models.catalog import PreparedModel
+from workers.models.checkpoint import read_json
+from workers.models.errors import NotHere
+from workers.models.native import open_packed_model
+from workers.models.spec import DecoderSpec
+from workers.protocol.messages import KvLayout
+
+_KV_TYPES = {"float32": KvType.F32, "bfloat16": KvType.BF16, "int8": KvType.I8}
+
+
+class NativeBackend:
+    """A model in packed form, usually mapped from a file that all workers of a host share."""
+
+    def __init__(self, config: EngineConfig, model: PreparedModel) -> None:
+        """Raises ModelError; NotHere when this model or machine needs torch."""
+        try:
+            self._library = load(config.kernels)
+        except BuildError as error:
+            raise NotHere(str(error)) from error
+        dtype = "bfloat16" if config.dtype == "auto" else config.dtype
+        if dtype not in ("float32", "bfloat16"):
+            raise NotHere(f"engine.dtype {dtype} is none of theirs; float32 and bfloat16 are")
+        spec = DecoderSpec.from_config(read_json(model.path / "config.json"))
+        if not attention.supports(self._library, spec.head_dim, config.block_size):
+            raise NotHere(
+                f"heads of {spec.head_dim} in KV blocks of {config.block_size} tokens are not supported"
+            )
+        torch.set_num_threads(1)  # torch computes nothing here; its threads would only be in the way
+        threads = config.num_threads or len(os.sched_getaffinity(0))
+        packed = open_packed_model(model, spec, config.quantization, dtype, self._library, threads=threads)
+        self._pool = ThreadPool(self._library, threads, config.cpus)
+        self._model, self._spec, self._config = packed.model, spec, config
+        self._eos_token_ids = frozenset(model.eos_token_ids)
+        self.layout = KvLayout(
+            num_layers=spec.num_layers,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            block_size=config.block_size,
+            dtype="int8" if config.kv_cache_dtype == "int8" else dtype,
+            model_fingerprint=packed.fingerprint,
+        )
+
+    def runner(self, num_blocks: int) -> NativeRunner:
+        sampler = NativeSampler(self._library, self._spec.vocab_size, self._eos_token_ids)
+        return NativeRunner(
+            self._library, self._pool, self._model, sampler, self.layout, num_blocks, self._config
+        )
+
+
+class NativeRunner:
+    device = torch.device("cpu")
+
+    def __init__(
+        self,
+        library: Library,
+        pool: ThreadPool,
+        model: PackedModel,
+        sampler: NativeSampler,
+        layout: KvLayout,
+        num_blocks: int,
+        config: EngineConfig,
+    ) -> None:
+        self.kernels = library.variant
+        # Untouched pages of zeros take no memory before a block is used.
+        pages = np.zeros((num_blocks, layout.block_bytes), dtype=np.uint8)
+        self.kv_cache = torch.from_numpy(pages)
+        kv = kv_struct(
+            pages.ctypes.data,
+            _KV_TYPES[layout.dtype],
+            num_blocks,
+            layout.num_layers,
+            layout.num_kv_heads,
+            layout.block_size,
+            layout.head_dim,
+        )
+        self.decoder = CpuDecoder(library, pool, model, kv, config.max_num_batched_tokens)
+        self._sampler = sampler
+        self._use_tiles = not config.deterministic
+        self._logits = torch.empty((0, model.vocab))
+
+    def run(self, step: StepInput) -> list[Sampled]:
+        """One entry for each of `step.samples`."""
+        logits = self.logits(_arrays(step))
+        if not step.samples:
+            return []
+        return self._sampler(logits, step.samples)
+
+    def logits(self, arrays: StepArrays) -> torch.Tensor:
+        """Compute a step; float32 [rows, vocab], valid until the next step."""
+        rows = len(arrays.rows)
+        if rows > len(self._logits):
+            self._logits = torch.empty((rows, self._logits.shape[1]))
+        self.decoder.step(arrays, self._logits.numpy(), use_tiles=self._use_tiles)
+        return self._logits[:rows]
+
+
+def _arrays(step: StepInput) -> StepArrays:
+    return StepArrays(
+        token_ids=np.array(step.token_ids, np.int32),
+        positions=np.array(step.positions, np.int32),
+        slots=np.array(step.slots, np.int64),
+        query_start=np.array(step.query_start, np.int32),
+        lengths=np.array(step.seq_lens, np.int32),
+        blocks=np.array([block for table in step.block_tables for block in table], np.int32),
+        block_start=np.cumsum([0, *map(len, step.block_tables[:-1])], dtype=np.int32),
+        rows=np.array(step.sample_rows, np.int32),
+    )
