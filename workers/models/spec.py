@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 from workers.models.errors import ModelError
+from workers.models.stored_form import stored_form
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
@@ -129,10 +130,7 @@ def _read(config: _Config) -> DecoderSpec:
     activation = config.values.get("hidden_act", "silu")
     if activation != "silu":
         raise ModelError(f"hidden_act {activation!r} of {model_type} is not supported; silu is")
-    if config.values.get("quantization_config"):
-        raise ModelError(
-            "quantized safetensors checkpoints are not supported; use the unquantized one or a GGUF"
-        )
+    stored_form(config.values)  # raises for a quantization that is not read
 
     hidden_size = config.integer("hidden_size")
     num_heads = config.integer("num_attention_heads")

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from workers.models.quantized import Quantized
 
+METHODS = ("gptq", "awq", "compressed-tensors")
+
 
 class StoredForm(Protocol):
     """How one checkpoint stores a quantized matrix [n, k] of the linear layer `module`."""
@@ -38,6 +40,19 @@ def stored_form(config: Mapping[str, Any]) -> StoredForm | None:
     if not isinstance(given, Mapping):
         raise ModelError(f"config.json: quantization_config must be an object, not {given!r}")
     method = given.get("quant_method")
+    if method == "gptq":
+        from workers.models.gptq import GptqForm
+
+        return GptqForm(given)
+    if method == "awq":
+        from workers.models.awq import AwqForm
+
+        return AwqForm(given)
+    if method == "compressed-tensors":
+        from workers.models.compressed_tensors import compressed_form
+
+        return compressed_form(given)
     raise ModelError(
-        f"checkpoints quantized by {method!r} are not read; GGUF is, or use the model's unquantized weights"
+        f"checkpoints quantized by {method!r} are not read; {', '.join(METHODS)} and GGUF are, "
+        "or use the model's unquantized weights"
     )

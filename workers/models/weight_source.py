@@ -139,7 +139,8 @@ class WeightSource:
         return self._form.read(module, n, k, lambda end: self._optional(f"{module}.{end}"))
 
     def _optional(self, name: str) -> Tensor | None:
-        return self._tensor(name) if name in self._headers else None
+        own_bias = name.endswith(".bias") and name in self._shapes  # read apart, as for float matrices
+        return self._tensor(name) if name in self._headers and not own_bias else None
 
     def _tensor(self, name: str) -> Tensor:
         file = self._headers[name].file

@@ -1,0 +1,68 @@
+"""GPTQ checkpoints: AutoGPTQ's and GPTQModel's layout, where eight or four inputs share a word.
+
+qweight [k * bits / 32, n]          words along the inputs
+qzeros  [groups, n * bits / 32]     words along the outputs; format "gptq" stores zero - 1, "gptq_v2" zero
+scales  [groups, n]
+g_idx   [k]                         the group of each input
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from workers.models.errors import ModelError
+from workers.models.quantized import Quantized
+from workers.models.stored_integers import floats, groups_of, need, neutral, one_of, unpack_words
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_GROUP_SIZES = (32, 64, 128, -1)
+
+
+class GptqForm:
+    """See `stored_form.StoredForm`."""
+
+    marker = "qweight"
+    optional: tuple[str, ...] = ("g_idx", "bias")  # old AutoGPTQ writes a bias of zeros for every layer
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._bits: int = one_of(config, "bits", (4, 8))
+        self._group_size: int = one_of(config, "group_size", _GROUP_SIZES)
+        version = one_of(config, "checkpoint_format", ("gptq", "gptq_v2"), "gptq")
+        self._stored_minus = 1 if version == "gptq" else 0
+        if config.get("dynamic"):
+            raise ModelError("config.json: GPTQ with settings by layer (dynamic) is not read")
+
+    def shapes(self, n: int, k: int) -> dict[str, tuple[int, ...]]:
+        groups, per_word = groups_of(self._group_size, k, self._bits), 32 // self._bits
+        if n % per_word:
+            raise ModelError(f"GPTQ packs {per_word} outputs in a word; {n} is no multiple of it")
+        return {
+            "qweight": (k // per_word, n),
+            "qzeros": (groups, n // per_word),
+            "scales": (groups, n),
+        }
+
+    def read(self, module: str, n: int, k: int, tensor: Callable[[str], Tensor | None]) -> Quantized:
+        bits, groups = self._bits, groups_of(self._group_size, k, self._bits)
+        self._check_order(module, tensor("g_idx"), k, k // groups)
+        bias = tensor("bias")
+        if bias is not None and bias.any():
+            raise ModelError(f"{module} has a bias, which its architecture does not have")
+        q = unpack_words(need(tensor("qweight")).T.contiguous(), bits)
+        zero = unpack_words(need(tensor("qzeros")), bits)
+        # Zero 0 is stored as -1, all bits set: modulo 2^bits it comes back.
+        zero = (zero + np.uint8(self._stored_minus)) & np.uint8(2**bits - 1)
+        return neutral(module, q, floats(need(tensor("scales"))).T, zero.T, bits)
+
+    @staticmethod
+    def _check_order(module: str, g_idx: Tensor | None, k: int, group: int) -> None:
+        if g_idx is not None and not np.array_equal(g_idx.numpy(), np.arange(k) // group):
+            raise ModelError(
+                f"{module}: GPTQ with act-order (desc_act), where the inputs of a group are scattered, is not read; "
+                "use a checkpoint made with desc_act false"
+            )
