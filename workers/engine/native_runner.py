@@ -98,7 +98,7 @@ class NativeRunner:
 
     def run(self, step: StepInput) -> list[Sampled]:
         """One entry for each of `step.samples`."""
-        logits = self.logits(_arrays(step))
+        logits = self.logits(step.arrays)
         if not step.samples:
             return []
         return self._sampler(logits, step.samples)
@@ -110,16 +110,3 @@ class NativeRunner:
             self._logits = torch.empty((rows, self._logits.shape[1]))
         self.decoder.step(arrays, self._logits.numpy(), use_tiles=self._use_tiles)
         return self._logits[:rows]
-
-
-def _arrays(step: StepInput) -> StepArrays:
-    return StepArrays(
-        token_ids=np.array(step.token_ids, np.int32),
-        positions=np.array(step.positions, np.int32),
-        slots=np.array(step.slots, np.int64),
-        query_start=np.array(step.query_start, np.int32),
-        lengths=np.array(step.seq_lens, np.int32),
-        blocks=np.array([block for table in step.block_tables for block in table], np.int32),
-        block_start=np.cumsum([0, *map(len, step.block_tables[:-1])], dtype=np.int32),
-        rows=np.array(step.sample_rows, np.int32),
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import time
+from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +42,7 @@ class Request:
         self.num_cached_tokens = (
             0  # of the given tokens: found in the prefix cache here (or on the prefill worker)
         )
-        self.block_table: list[int] = []
+        self.block_table = array("i")  # only grows while it runs: steps copy it as it is
         self.block_hashes: list[bytes] = []  # of the full blocks of token_ids
         self.num_stored_blocks = 0  # blocks of the table that the prefix cache knows
         self.state = State.WAITING
@@ -73,13 +74,14 @@ class Request:
         """Add an output token and see whether it ends the request."""
         self.token_ids.append(token)
         sampling = self.sampling
-        if self.num_output_tokens > sampling.min_tokens:
+        num_output_tokens = len(self.token_ids) - self.num_prompt_tokens
+        if num_output_tokens > sampling.min_tokens:
             is_eos = token in eos_token_ids and not sampling.ignore_eos
             if is_eos or token in sampling.stop_token_ids:
                 self.finish_reason = "stop"
                 self.stop_token = token
                 return
-        if self.num_output_tokens >= sampling.max_tokens:
+        if num_output_tokens >= sampling.max_tokens:
             self.finish_reason = "length"
 
     def __repr__(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from kernels.cpu.decoder import StepArrays
 from kernels.reference import AttentionBatch
 from workers.engine.sampler import Sampler
 from workers.engine.scheduler import Sampled
@@ -26,26 +27,30 @@ class TorchRunner:
     @torch.inference_mode()
     def run(self, step: StepInput) -> list[Sampled]:
         """One entry for each of `step.samples`."""
+        arrays = step.arrays
         batch = AttentionBatch(
-            query_start=step.query_start,
-            seq_lens=step.seq_lens,
-            block_tables=self._tensor(_padded(step.block_tables)),
-            slots=self._tensor(step.slots),
+            query_start=arrays.query_start.tolist(),
+            seq_lens=arrays.lengths.tolist(),
+            block_tables=self._tensor(_padded_tables(arrays, self.layout.block_size)),
+            slots=self._tensor(arrays.slots),
         )
-        rows = self._tensor(step.sample_rows or [0])  # a chunk that samples nothing still ends in one row
+        # A chunk that samples nothing still ends in one row.
+        rows = self._tensor(arrays.rows if len(arrays.rows) else np.zeros(1))
         hidden = self.model.forward(
-            self._tensor(step.token_ids), self._tensor(step.positions), self.kv_cache, batch, rows
+            self._tensor(arrays.token_ids), self._tensor(arrays.positions), self.kv_cache, batch, rows
         )
         if not step.samples:
             return []
         return self._sampler(self.model.logits(hidden), step.samples)
 
-    def _tensor(self, values: list[int] | np.ndarray) -> torch.Tensor:
+    def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.int64).to(self.device)
 
 
-def _padded(tables: list[list[int]]) -> np.ndarray:
-    padded = np.zeros((len(tables), max(map(len, tables))), dtype=np.int64)
-    for row, table in enumerate(tables):
-        padded[row, : len(table)] = table
+def _padded_tables(arrays: StepArrays, block_size: int) -> np.ndarray:
+    """[S, most blocks of a sequence]: the blocks that hold its context, then zeros."""
+    counts = -(-arrays.lengths // block_size)
+    padded = np.zeros((len(counts), counts.max()), dtype=np.int64)
+    for row, (start, count) in enumerate(zip(arrays.block_start, counts, strict=True)):
+        padded[row, :count] = arrays.blocks[start : start + count]
     return padded

@@ -12,6 +12,7 @@ flight*: their blocks are being written, so a cancel is only noted and carried o
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -114,7 +115,7 @@ class Scheduler:
         self._take(request, matched)
         fresh = self.pool.allocate(missing)
         assert fresh is not None
-        request.block_table += fresh
+        request.block_table.extend(fresh)
         request.state = State.RESERVED
         self._num_reserved += 1
         return len(matched)
@@ -192,11 +193,12 @@ class Scheduler:
         preempted = False
         # Those that only need their next token go before those that still read their prompt: a long prompt must not
         # stall running streams. Within both the oldest goes first, and the youngest of all is the one to preempt.
-        for request in sorted(self.running, key=lambda r: r.num_tokens - r.num_computed_tokens > 1):
+        for request in self._running_by_need():
             if request.state is not State.RUNNING or budget == 0:
                 continue
-            count = min(request.num_tokens - request.num_computed_tokens, budget)
-            while not self._grow(request, request.num_computed_tokens + count):
+            start = request.num_computed_tokens
+            count = min(len(request.token_ids) - start, budget)
+            while not self._grow(request, start + count):
                 preempted = True
                 victim = self.running[-1]
                 self._preempt(victim)
@@ -281,9 +283,18 @@ class Scheduler:
 
     def _hash(self, request: Request) -> None:
         """Bring the hashes up to its tokens; only full blocks that are new cost anything."""
+        if len(request.token_ids) < (len(request.block_hashes) + 1) * self.block_size:
+            return
         extend_hashes(
             request.block_hashes, request.token_ids, self.block_size, self.hash_root, request.work.cache_salt
         )
+
+    def _running_by_need(self) -> list[Request]:
+        """Running requests that lack one token, then those that lack more; oldest first within both."""
+        few = [r for r in self.running if len(r.token_ids) - r.num_computed_tokens <= 1]
+        if len(few) == len(self.running):
+            return few
+        return few + [r for r in self.running if len(r.token_ids) - r.num_computed_tokens > 1]
 
     @staticmethod
     def _urgency(request: Request) -> tuple[int, float]:
@@ -306,7 +317,7 @@ class Scheduler:
 
     def _take(self, request: Request, matched: list[int]) -> None:
         self.pool.acquire(matched)
-        request.block_table = list(matched)
+        request.block_table = array("i", matched)
         request.num_stored_blocks = len(matched)
         if request.preemptions == 0:
             request.num_cached_tokens = len(matched) * self.block_size
@@ -314,23 +325,23 @@ class Scheduler:
             self.query_tokens += request.num_tokens
 
     def _grow(self, request: Request, num_tokens: int) -> bool:
-        missing = self._blocks_for(num_tokens) - len(request.block_table)
-        if missing <= 0:
+        held = len(request.block_table)
+        if num_tokens <= held * self.block_size:
             return True
-        fresh = self.pool.allocate(missing)
+        fresh = self.pool.allocate(self._blocks_for(num_tokens) - held)
         if fresh is None:
             return False
-        request.block_table += fresh
+        request.block_table.extend(fresh)
         return True
 
     def _item(self, request: Request, count: int) -> Scheduled:
         start = request.num_computed_tokens
-        return Scheduled(request, start, count, samples=start + count == request.num_tokens)
+        return Scheduled(request, start, count, start + count == len(request.token_ids))
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
         self.pool.release(request.block_table)
-        request.block_table = []
+        request.block_table = array("i")
         request.num_stored_blocks = 0
         request.num_computed_tokens = 0
         request.preemptions += 1
@@ -339,10 +350,12 @@ class Scheduler:
 
     def _store_full_blocks(self, request: Request) -> None:
         full = min(request.num_computed_tokens // self.block_size, len(request.block_hashes))
+        if full <= request.num_stored_blocks:
+            return
         for index in range(request.num_stored_blocks, full):
             parent = request.block_hashes[index - 1] if index else self.hash_root
             self.pool.store(request.block_table[index], request.block_hashes[index], parent)
-        request.num_stored_blocks = max(request.num_stored_blocks, full)
+        request.num_stored_blocks = full
 
     def _finish(self, request: Request) -> None:
         """The one way out: leaves every list and gives every block back."""
@@ -354,7 +367,7 @@ class Scheduler:
         elif request.state is State.RESERVED:
             self._num_reserved -= 1
         self.pool.release(request.block_table)
-        request.block_table = []
+        request.block_table = array("i")
         request.state = State.FINISHED
 
     def check(self) -> None:

@@ -2,48 +2,81 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from kernels.cpu.decoder import StepArrays
 from workers.engine.sampler import SampleInput
 from workers.engine.scheduler import Plan
 
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """S sequences with T tokens in all. Plain Python: the runner makes tensors of it on its own device."""
+    """S sequences with T tokens in all, of which R rows are sampled."""
 
-    token_ids: list[int]  # [T]
-    positions: list[int]  # [T]
-    slots: list[int]  # [T] block_id * block_size + offset, where K and V of the token are written
-    query_start: list[int]  # [S + 1]
-    seq_lens: list[int]  # [S] tokens of context, those of this step included
-    block_tables: list[list[int]]  # [S] blocks that hold the context
-    sample_rows: list[int]  # rows of [T] whose logits are wanted
-    samples: list[SampleInput]  # beside sample_rows
+    arrays: StepArrays
+    samples: list[SampleInput]  # [R] beside arrays.rows
 
     @staticmethod
     def of(plan: Plan, block_size: int) -> StepInput:
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        query_start = [0]
-        seq_lens: list[int] = []
-        block_tables: list[list[int]] = []
-        sample_rows: list[int] = []
+        builder = StepBuilder(block_size)
         samples: list[SampleInput] = []
         for item in plan.items:
             request = item.request
             end = item.start + item.count
-            token_ids += request.token_ids[item.start : end]
-            positions += range(item.start, end)
-            table = request.block_table
-            slots += [table[p // block_size] * block_size + p % block_size for p in range(item.start, end)]
-            query_start.append(len(token_ids))
-            seq_lens.append(end)
-            block_tables.append(table[: -(-end // block_size)])
+            builder.add(request.token_ids, item.start, end, request.block_table, sampled=item.samples)
             if item.samples:
-                sample_rows.append(len(token_ids) - 1)
-                samples.append(SampleInput(request, request.num_output_tokens))
-        return StepInput(
-            token_ids, positions, slots, query_start, seq_lens, block_tables, sample_rows, samples
+                samples.append(SampleInput(request, end - request.num_prompt_tokens))
+        return StepInput(builder.arrays(), samples)
+
+
+class StepBuilder:
+    """Collects sequences in arrays of machine integers, which become a step's arrays without a copy."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._token_ids, self._positions = array("i"), array("i")
+        self._slots = array("q")
+        self._query_start, self._lengths = array("i", (0,)), array("i")
+        self._blocks, self._block_start = array("i"), array("i")
+        self._rows = array("i")
+
+    def add(
+        self, token_ids: Sequence[int], start: int, end: int, table: array[int], *, sampled: bool
+    ) -> None:
+        """Tokens [start, end) of a sequence whose context lies in the blocks of `table`; the last one is sampled."""
+        block_size = self._block_size
+        if end - start == 1:
+            self._token_ids.append(token_ids[start])
+            self._positions.append(start)
+            self._slots.append(table[start // block_size] * block_size + start % block_size)
+        else:
+            self._token_ids.extend(token_ids[start:end])
+            self._positions.extend(range(start, end))
+            self._slots.extend(
+                [table[p // block_size] * block_size + p % block_size for p in range(start, end)]
+            )
+        num_tokens = len(self._token_ids)
+        self._query_start.append(num_tokens)
+        self._lengths.append(end)
+        self._block_start.append(len(self._blocks))
+        self._blocks.extend(
+            table
+        )  # also what is held for later tokens: a copy of memory, whatever its length
+        if sampled:
+            self._rows.append(num_tokens - 1)
+
+    def arrays(self) -> StepArrays:
+        return StepArrays(
+            token_ids=np.frombuffer(self._token_ids, np.int32),
+            positions=np.frombuffer(self._positions, np.int32),
+            slots=np.frombuffer(self._slots, np.int64),
+            query_start=np.frombuffer(self._query_start, np.int32),
+            lengths=np.frombuffer(self._lengths, np.int32),
+            blocks=np.frombuffer(self._blocks, np.int32),
+            block_start=np.frombuffer(self._block_start, np.int32),
+            rows=np.frombuffer(self._rows, np.int32) if self._rows else np.empty(0, np.int32),
         )

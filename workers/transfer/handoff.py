@@ -145,7 +145,7 @@ class Handoffs:
         block_size = self._engine.layout.block_size
         ready = handoff.ticket.num_blocks if token else request.num_computed_tokens // block_size
         if handoff.next_block < ready:
-            hold = _Hold(request.block_table[:ready])
+            hold = _Hold(request.block_table[:ready].tolist())
             self._engine.pool.acquire(hold.blocks)
             self.holding.append(hold.blocks)
             while handoff.next_block < ready:

@@ -114,7 +114,7 @@ class Tickets:
                 self._lose(transfer_id, "transfer_failed", reason)
                 raise TicketGone(reason)
             self._renew(opened)
-            blocks = opened.request.block_table[first : first + count]
+            blocks = opened.request.block_table[first : first + count].tolist()
             self._engine.pool.acquire(blocks)
             self.writing.append(blocks)
         try:
