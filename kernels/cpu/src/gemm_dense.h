@@ -34,6 +34,10 @@ constexpr int kRows = 2;
 constexpr int tile_strips(int) { return 1; }
 #endif
 
+constexpr int tiles(int rows) { return (rows + kRows - 1) / kRows; }
+// Of the first tile of so many rows: tiles of nearly the same height beat full ones and a low one.
+constexpr int tile_rows(int rows) { return (rows + tiles(rows) - 1) / tiles(rows); }
+
 template <Format F>
 struct Dense;
 
@@ -79,12 +83,6 @@ struct Dense<Format::I8> {
   }
 };
 
-// What to read ahead of use: `lines` cache lines a step, from `from` on.
-struct Ahead {
-  const uint8_t* from;
-  int lines;
-};
-
 template <Format F, int R, int S, int Lines>
 HR_INLINE void dense_steps(typename Dense<F>::Acc (&acc)[R][S], const uint8_t* w, const uint8_t* x, size_t stride,
                            int steps, const uint8_t* ahead) {
@@ -122,17 +120,19 @@ void dense_tile(const Matrix& w, int index, const Activations& x, int row, const
 }
 
 template <Format F, int R = kRows>
-void dense_rest(int rows, const Matrix& w, int index, const Activations& x, int row, const uint8_t* ahead, float* out,
-                int64_t ldc) {
+HR_INLINE void dense_tile_of(int rows, const Matrix& w, int index, const Activations& x, int row, const uint8_t* ahead,
+                             float* out, int64_t ldc) {
   if (rows == R) return dense_tile<F, R, 4>(w, index, x, row, ahead, out, ldc);
-  if constexpr (R > 1) dense_rest<F, R - 1>(rows, w, index, x, row, ahead, out, ldc);
+  if constexpr (R > 1) dense_tile_of<F, R - 1>(rows, w, index, x, row, ahead, out, ldc);
 }
 
 template <Format F>
 void gemm_dense(const Matrix& w, int index, const Activations& x, int m0, int m1, float* out, int64_t ldc) {
   const uint8_t* ahead = panel(w, index) + 4096;
-  for (; m1 - m0 >= kRows; m0 += kRows, out += kRows * ldc) dense_tile<F, kRows, 4>(w, index, x, m0, ahead, out, ldc);
-  if (m0 < m1) dense_rest<F>(m1 - m0, w, index, x, m0, ahead, out, ldc);
+  for (int row = m0, rows; row < m1; row += rows) {
+    rows = tile_rows(m1 - row);
+    dense_tile_of<F>(rows, w, index, x, row, ahead, out + (row - m0) * ldc, ldc);
+  }
 }
 
 }  // namespace hr

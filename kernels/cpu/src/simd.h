@@ -48,6 +48,8 @@ inline Vi set1_i(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline Vi operator+(Vi a, Vi b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline Vf to_float(Vi a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline Vi to_int(Vf a) { return {_mm512_cvtps_epi32(a.v)}; }  // nearest even
+inline Vf as_float(Vi a) { return {_mm512_castsi512_ps(a.v)}; }  // the same bits
+inline Vi as_int(Vf a) { return {_mm512_castps_si512(a.v)}; }
 inline int32_t reduce_add(Vi a) { return _mm512_reduce_add_epi32(a.v); }
 inline void store_i8(int8_t* p, Vi a) {  // saturating
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a.v));
@@ -101,7 +103,9 @@ inline Vf dot_bf16(Vf acc, Vb w, uint32_t x) {
 inline Vi dot_u8s8(Vi acc, Vb w, int32_t x) {
   const __m512i all = _mm512_set1_epi32(x);
 #if defined(__AVX512VNNI__)
-  return {_mm512_dpbusd_epi32(acc.v, w.v, all)};
+  // Not the intrinsic: gcc 12 copies and spills its accumulators, which halves the speed of a register block.
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(all));
+  return acc;
 #else
   const __m512i even = _mm512_and_si512(w.v, _mm512_set1_epi16(0x00ff));
   const __m512i odd = _mm512_srli_epi16(w.v, 8);
@@ -173,6 +177,8 @@ inline Vi set1_i(int32_t x) { const __m256i v = _mm256_set1_epi32(x); return {v,
 inline Vi operator+(Vi x, Vi y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 inline Vf to_float(Vi x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 inline Vi to_int(Vf x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+inline Vf as_float(Vi x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+inline Vi as_int(Vf x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 inline int32_t reduce_add(Vi x) {
   const __m256i s = _mm256_add_epi32(x.a, x.b);
   __m128i q = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
@@ -290,6 +296,8 @@ inline Vi set1_i(int32_t x) { Vi r; HR_LANES r.v[i] = x; return r; }
 inline Vi operator+(Vi x, Vi y) { HR_LANES x.v[i] += y.v[i]; return x; }
 inline Vf to_float(Vi x) { Vf r; HR_LANES r.v[i] = static_cast<float>(x.v[i]); return r; }
 inline Vi to_int(Vf x) { Vi r; HR_LANES r.v[i] = static_cast<int32_t>(std::nearbyintf(x.v[i])); return r; }
+inline Vf as_float(Vi x) { Vf r; std::memcpy(r.v, x.v, 64); return r; }
+inline Vi as_int(Vf x) { Vi r; std::memcpy(r.v, x.v, 64); return r; }
 inline int32_t reduce_add(Vi x) { int32_t s = 0; HR_LANES s += x.v[i]; return s; }
 inline void store_i8(int8_t* p, Vi x) {
   HR_LANES p[i] = static_cast<int8_t>(x.v[i] > 127 ? 127 : x.v[i] < -128 ? -128 : x.v[i]);
