@@ -13,6 +13,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 
 def measure(model_path: Path) -> dict[str, float]:
@@ -22,7 +23,8 @@ def measure(model_path: Path) -> dict[str, float]:
 
     torch.set_num_threads(os.cpu_count() or 1)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
+    model.eval()
     text = Path(argparse.__file__).read_text() + Path(textwrap.__file__).read_text()
     ids = tokenizer(text)["input_ids"]
     rng = random.Random(0)
