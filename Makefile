@@ -71,8 +71,8 @@ format: $(DEVSTAMP)  ## Format the code and mend what the linter can
 example: $(STAMP)  ## Write deploy/config.example.yaml anew from the settings
 	@$(VENV)/bin/headrace config --example > deploy/config.example.yaml
 
-bench: $(STAMP) compile  ## Run the load generator; ARGS="--help" shows how
-	@$(PY) -m bench $(ARGS)
+bench: $(STAMP) compile  ## Measure; ARGS="main", "engine" or "compare", each with --help
+	@$(VENV)/bin/headrace bench $(or $(ARGS),main)
 
 proto: $(DEVSTAMP)  ## Generate the gRPC code from its .proto
 	@$(PY) -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. router/grpc/headrace.proto

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ app = typer.Typer(
 _USAGE = 2
 _FAILED = 1
 _WIDE = 120  # columns of a terminal that show a worker's address, pid and epoch too
+_BENCHMARKS = {"main": "bench.main_job", "engine": "bench.engine", "compare": "bench.compare"}
 _DEFAULT_URL = "http://127.0.0.1:8000"
 
 ConfigFile = Annotated[
@@ -241,6 +243,22 @@ def config(
     from cluster.config_document import effective_yaml, example_yaml
 
     typer.echo(example_yaml() if example else effective_yaml(_load(config_file, settings, {})), nl=False)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+def bench(
+    context: typer.Context,
+    what: Annotated[str, typer.Argument(help=", ".join(_BENCHMARKS))],
+    arguments: Annotated[list[str] | None, typer.Argument(help="Its own options; --help lists them.")] = None,
+) -> None:
+    """Measure: main (`headrace serve` as users start it), engine (no HTTP), compare (with other systems)."""
+    if what in ("-h", "--help"):
+        typer.echo(context.get_help())
+        raise typer.Exit
+    if what not in _BENCHMARKS:
+        _refuse(f"there is no benchmark {what!r}; there are {', '.join(_BENCHMARKS)}")
+    # A process of its own, since nothing here may import the benchmarks; it takes the place of this one.
+    os.execv(sys.executable, [sys.executable, "-m", _BENCHMARKS[what], *(arguments or [])])
 
 
 def _find_url(url: str | None, cluster: str | None) -> str:
