@@ -245,16 +245,13 @@ def config(
     typer.echo(example_yaml() if example else effective_yaml(_load(config_file, settings, {})), nl=False)
 
 
-@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+# What follows the name is the benchmark's own, `--` included.
+@app.command(context_settings={"allow_interspersed_args": False})
 def bench(
-    context: typer.Context,
     what: Annotated[str, typer.Argument(help=", ".join(_BENCHMARKS))],
     arguments: Annotated[list[str] | None, typer.Argument(help="Its own options; --help lists them.")] = None,
 ) -> None:
     """Measure: main (`headrace serve` as users start it), engine (no HTTP), compare (with other systems)."""
-    if what in ("-h", "--help"):
-        typer.echo(context.get_help())
-        raise typer.Exit
     if what not in _BENCHMARKS:
         _refuse(f"there is no benchmark {what!r}; there are {', '.join(_BENCHMARKS)}")
     # A process of its own, since nothing here may import the benchmarks; it takes the place of this one.
