@@ -53,7 +53,7 @@ class EngineConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
     dtype: DType = Field("auto", description="of weights and KV cache; auto: bfloat16")
     quantization: Quantization = Field(
-        "auto", description="of the weights; auto: as the checkpoint stores them, where the kernels can"
+        "auto", description="of the weights; auto: as the checkpoint stores them (with dtype float32: none)"
     )
     kv_cache_dtype: Literal["auto", "int8"] = Field(
         "auto", description="auto: as dtype; int8 halves its memory"
