@@ -31,6 +31,7 @@ class Scale:
     stream_tokens: int = 256
     long_prompt: int = 2048
     long_every_s: float = 2.0
+    long_most: int = 30
 
 
 FULL = Scale()
@@ -43,6 +44,7 @@ QUICK = Scale(
     output_tokens=16,
     stream_tokens=32,
     long_prompt=512,
+    long_most=3,
 )
 
 
@@ -95,17 +97,20 @@ async def prefill(target: Target, book: Book, seed: int, scale: Scale) -> Figure
 
 
 async def interference(target: Target, book: Book, seed: int, scale: Scale) -> Figures:
-    """Eight streams alone, then eight while long prompts arrive at a steady pace, however slowly they are read."""
+    """Eight streams alone, then eight while long prompts arrive at a steady pace, however slowly they are read.
+
+    After `long_most` prompts no more come: a server that puts prompts first and reads them too slowly would never end.
+    """
     rng = random.Random(f"interference/{seed}")
     async with client_for(target, 64) as client:
         alone = await _streams(client, target, book, rng, scale)
         running = [Timed(0.0) for _ in alone]
         streams = asyncio.ensure_future(_streams(client, target, book, rng, scale, running))
-        long_prompts = []
+        long_prompts: list[asyncio.Future[Timed]] = []
         # Eight requests fill these; asking now and then is simpler than an event in each.
         while not streams.done() and not all(t.arrivals for t in running):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-        while not streams.done():
+        while not streams.done() and len(long_prompts) < scale.long_most:
             prompt = book.passage(scale.long_prompt, rng)
             long_prompts.append(asyncio.ensure_future(ask(client, target, prompt, 1)))
             await asyncio.wait([streams], timeout=scale.long_every_s)

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import sys
 from pathlib import Path
+from types import FrameType
 
 from bench.compare.campaign import Campaign, document
 from bench.compare.report import markdown, plot
@@ -24,6 +27,11 @@ from workers.models.cache import default_cache_dir
 
 def _listed(text: str) -> tuple[str, ...]:
     return tuple(part for part in text.split(",") if part)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """The server that is alive is stopped on the way out; also where a shell has set signals to be ignored."""
+    sys.exit(128 + number)
 
 
 def main() -> None:
@@ -68,6 +76,8 @@ def main() -> None:
         parser.error(str(error))
     if given.install:
         return
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)
     machine = describe()
     campaign.measure(records)
     found = document(campaign, records, machine)

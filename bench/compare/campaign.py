@@ -20,6 +20,8 @@ from bench.workloads import WORKLOADS, Figures, Scale
 from cluster.valkey import free_port
 from router.chat.tokenizer import TextTokenizer
 
+_DEADLINE_S = 1800  # of one workload
+
 
 @dataclass
 class Record:
@@ -93,10 +95,12 @@ class Campaign:
     def _drive(self, record: Record, workload: str, target: Target, book: Book, number: int) -> None:
         began = time.perf_counter()
         try:
-            figures = asyncio.run(WORKLOADS[workload].drive(target, book, number, self.scale))
-        except RuntimeError as error:
-            record.trouble.append(f"{workload}: {error}")
-            print(f"    {workload}: {error}", flush=True)
+            driven = WORKLOADS[workload].drive(target, book, number, self.scale)
+            figures = asyncio.run(asyncio.wait_for(driven, _DEADLINE_S))
+        except (RuntimeError, TimeoutError) as error:
+            why = f"{workload}: {error or f'not done after {_DEADLINE_S} s'}"
+            record.trouble.append(why)
+            print(f"    {why}", flush=True)
             return
         record.figures.setdefault(workload, []).append(figures)
         headline = WORKLOADS[workload].headline

@@ -53,7 +53,7 @@ def running(launch: Launch, port: int, book: Book, log: Path) -> Iterator[tuple[
         asyncio.run(_warm(target, book, log))
         yield target, started_s
     finally:
-        _stop(process, launch)
+        _stop(process)
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
@@ -81,9 +81,9 @@ async def _warm(target: Target, book: Book, log: Path) -> None:
                 raise PeerUnavailable(f"a first request failed: {failed[:300]} (log: {last_line(log)})")
 
 
-def _stop(process: subprocess.Popen[bytes], launch: Launch) -> None:
+def _stop(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
-        process.send_signal(signal.SIGINT if launch.interrupt else signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
         try:
             process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:

@@ -34,7 +34,6 @@ class Launch:
     env: Mapping[str, str] = field(default_factory=dict)
     ready: str = "/health"
     fields: Mapping[str, Any] = field(default_factory=lambda: GREEDY)
-    interrupt: bool = False  # stopped by SIGINT, which ends its own processes too, not by SIGTERM
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def _headrace(variant: str, place: Place) -> Launch:
     command += ["--prefill", "1", "--decode", "1"]
     for name, value in settings.items():
         command += ["--set", f"engine.{name}={json.dumps(value)}"]
-    return Launch([*command, *place.serve_args], None, _own_version(), ready="/ready", interrupt=True)
+    return Launch([*command, *place.serve_args], None, _own_version(), ready="/ready")
 
 
 def _headrace_single(variant: str, place: Place) -> Launch:
