@@ -16,7 +16,7 @@ from bench.compare.weights import Weights
 from bench.load import Target
 from bench.prompts import Book
 from bench.spread import interleaved
-from bench.workloads import WORKLOADS, Figures, Scale
+from bench.workloads import FULL, WORKLOADS, Figures, Scale
 from cluster.valkey import free_port
 from router.chat.tokenizer import TextTokenizer
 
@@ -116,6 +116,7 @@ def document(campaign: Campaign, records: dict[str, Record], machine: dict[str, 
         "machine": machine,
         "runs": campaign.runs,
         "scale": asdict(campaign.scale),
+        "quick": campaign.scale != FULL,
         "workloads": {name: WORKLOADS[name].what for name in campaign.workloads},
         "systems": [asdict(record) for record in records.values()],
     }

@@ -11,10 +11,13 @@ from bench.machine import sentence
 from bench.spread import Spread
 from bench.workloads import WORKLOADS
 
+_QUICK = "A quick run of shortened workloads, not those in the titles: it shows that everything runs, not how fast."
+
 
 def markdown(document: Mapping[str, Any]) -> str:
     records = [Record(**entry) for entry in document["systems"]]
-    lines = [
+    lines = [_QUICK, ""] if document["quick"] else []
+    lines += [
         f"Machine: {sentence(document['machine'])}. {document['runs']} interleaved runs of each system, one server "
         "at a time, the same load generator and the same text for all; medians (range).",
     ]
@@ -95,6 +98,8 @@ def plot(document: Mapping[str, Any], targets: list[Path]) -> None:
         axis.set_title(document["workloads"][workload], fontsize=9, loc="left")
         axis.set_xlabel(f"{title} ({better})", fontsize=8)
         axis.tick_params(labelsize=8)
+    if document["quick"]:
+        figure.suptitle(_QUICK, fontsize=8, color="tab:red")
     figure.tight_layout()
     for target in targets:
         figure.savefig(target, dpi=150)

@@ -20,7 +20,7 @@ def markdown(document: Mapping[str, Any]) -> str:
         f"interleaved runs (range), each run the median of {document['steps']} steps. Best of "
         f"{len(floors['probes'])} probes in the same run: reading {floors['bytes_per_s'] / 1e9:.1f} GB/s, bfloat16 "
         f"product {floors['flops_per_s'] / 1e12:.2f} TFLOP/s. `step / floor` is against the larger of the two floors "
-        "(m: memory, a: arithmetic): 1.0 could not be faster.",
+        "(m: memory, a: arithmetic): 1.0 could not be faster, except that integer products may beat the bfloat16 rate.",
     ]
     for kind, unit in (("decode", "step, ms"), ("prefill", "prompt, ms")):
         rows = [row for row in document["rows"] if row["kind"] == kind]

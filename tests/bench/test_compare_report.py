@@ -25,6 +25,7 @@ def document(*records: Record) -> dict[str, Any]:
     return {
         "machine": describe(),
         "runs": 3,
+        "quick": False,
         "workloads": {"one": WORKLOADS["one"].what},
         "systems": [asdict(record) for record in records],
     }
@@ -45,6 +46,12 @@ def test_the_best_comes_first_and_what_failed_last_with_its_reason() -> None:
 def test_the_start_command_of_each_is_shown() -> None:
     text = markdown(document(Record("a", "1.2", "serve --fast", figures={"one": [figures(1)]})))
     assert "- `a` (1.2): `serve --fast`" in text
+
+
+def test_a_quick_run_says_so_first() -> None:
+    quick = document(Record("a", figures={"one": [figures(1)]})) | {"quick": True}
+    assert markdown(quick).startswith("A quick run")
+    assert "A quick run" not in markdown(quick | {"quick": False})
 
 
 def test_the_default_systems_are_known() -> None:
