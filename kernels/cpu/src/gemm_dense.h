@@ -119,19 +119,36 @@ void dense_tile(const Matrix& w, int index, const Activations& x, int row, const
   }
 }
 
-template <Format F, int R = kRows>
+template <Format F, int Lines, int R = kRows>
 HR_INLINE void dense_tile_of(int rows, const Matrix& w, int index, const Activations& x, int row, const uint8_t* ahead,
                              float* out, int64_t ldc) {
-  if (rows == R) return dense_tile<F, R, 4>(w, index, x, row, ahead, out, ldc);
-  if constexpr (R > 1) dense_tile_of<F, R - 1>(rows, w, index, x, row, ahead, out, ldc);
+  if (rows == R) return dense_tile<F, R, Lines>(w, index, x, row, ahead, out, ldc);
+  if constexpr (R > 1) dense_tile_of<F, Lines, R - 1>(rows, w, index, x, row, ahead, out, ldc);
 }
 
+// A panel's first reader waits for memory and the other tiles do not, so these fetch the next panel: callers walk panels
+// in order.
 template <Format F>
 void gemm_dense(const Matrix& w, int index, const Activations& x, int m0, int m1, float* out, int64_t ldc) {
-  const uint8_t* ahead = panel(w, index) + 4096;
+  const uint8_t* const here = panel(w, index);
+  const size_t bytes = panel_bytes(F, w.k_pad);
+  const uint8_t* ahead = here + 4096;
+  if (m1 - m0 <= kRows) return dense_tile_of<F, 4>(m1 - m0, w, index, x, m0, ahead, out, ldc);
+  ahead = here + bytes;
+  const uint8_t* const end = ahead + bytes;
+  const bool few = tiles(m1 - m0) <= 3;
   for (int row = m0, rows; row < m1; row += rows) {
     rows = tile_rows(m1 - row);
-    dense_tile_of<F>(rows, w, index, x, row, ahead, out + (row - m0) * ldc, ldc);
+    float* const to = out + (row - m0) * ldc;
+    if (ahead >= end) {
+      dense_tile_of<F, 0>(rows, w, index, x, row, ahead, to, ldc);
+    } else if (few) {
+      dense_tile_of<F, 2>(rows, w, index, x, row, ahead, to, ldc);
+      ahead += bytes / 2;
+    } else {
+      dense_tile_of<F, 1>(rows, w, index, x, row, ahead, to, ldc);
+      ahead += bytes / 4;
+    }
   }
 }
 
