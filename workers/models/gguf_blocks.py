@@ -106,6 +106,27 @@ def _q8_0(data: Bytes) -> GroupedWeight:
     return GroupedWeight("q8", q.reshape(data.shape[0], -1), _halves(blocks[:, :, :2]))
 
 
+def _q4_k(data: Bytes) -> GroupedWeight:
+    """256 inputs: half d, half dmin, 12 bytes of 6-bit scales and minima of 8 groups, 128 bytes; d sc q - dmin mn.
+
+    The products become float16, which moves a value by 2^-11 of its group's range at most.
+    """
+    n, groups = data.shape[0], data.shape[1] // 144 * 8
+    blocks = data.reshape(n, -1, 144)
+    low, high, mixed = blocks[:, :, 4:8], blocks[:, :, 8:12], blocks[:, :, 12:16]
+    # Of groups 4 to 7 four bits lie together and two above the bits of groups 0 to 3.
+    scale = np.concatenate((low & 63, mixed & 15 | low >> 6 << 4), 2).astype(np.float32)
+    minimum = np.concatenate((high & 63, mixed >> 4 | high >> 6 << 4), 2).astype(np.float32)
+    d = _halves(blocks[:, :, :2])[:, :, None] * scale
+    m = _halves(blocks[:, :, 2:4])[:, :, None] * -minimum
+    # 32 bytes hold one group in their low and the next in their high bits.
+    pairs = blocks[:, :, 16:].reshape(n, -1, 4, 1, GROUP)
+    q = np.concatenate((pairs & 15, pairs >> 4), 3).reshape(n, groups * GROUP)
+    return GroupedWeight(
+        "q4", q, d.astype(np.float16).reshape(n, groups), m.astype(np.float16).reshape(n, groups)
+    )
+
+
 def _halves(data: Bytes) -> NDArray[np.float16]:
     """[n, groups, 2] bytes -> [n, groups]."""
     return np.ascontiguousarray(data).view("<f2")[:, :, 0]
@@ -120,5 +141,10 @@ def _nibbles(data: Bytes) -> Bytes:
     return q.reshape(n, groups * GROUP)
 
 
-# What the kernels can hold as it stands.
-READERS: dict[str, Callable[[Bytes], GroupedWeight]] = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0}
+# What the kernels can hold without rounding the integers again.
+READERS: dict[str, Callable[[Bytes], GroupedWeight]] = {
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q4_K": _q4_k,
+    "Q8_0": _q8_0,
+}
