@@ -109,6 +109,8 @@ class _LoadCollector(Collector):
             "headrace_prefix_query_tokens": ("prompt tokens looked up", load.prefix_query_tokens),
             "headrace_computed_prompt_tokens": ("prompt tokens computed", load.prompt_tokens),
             "headrace_output_tokens": ("tokens sampled", load.output_tokens),
+            "headrace_drafted_tokens": ("tokens guessed by speculation and verified", load.drafted_tokens),
+            "headrace_accepted_tokens": ("guessed tokens that were right", load.accepted_tokens),
             "headrace_preemptions": ("requests whose blocks were taken away", load.preemptions),
         }
         for name, (text, value) in gauges.items():

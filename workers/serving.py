@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any, Protocol
 
 import msgspec
@@ -227,24 +228,25 @@ class Serving:
 
     def _send_tokens(self, tokens: list[NewToken]) -> None:
         frames: dict[Owner, list[TokenDelta]] = {}
-        for new in tokens:
-            request = new.request
-            owner = self._owners.get(request.request_id)
+        for request_id, group in groupby(tokens, lambda new: new.request.request_id):
+            owner = self._owners.get(request_id)
             if owner is None:
                 continue
+            news = list(group)  # a request has several tokens in a step when guesses were right
+            request = news[0].request
             frames.setdefault(owner, []).append(
                 TokenDelta(
-                    request_id=request.request_id,
-                    index=new.index,
-                    tokens=[new.token],
-                    logprobs=[new.logprobs] if new.logprobs is not None else [],
+                    request_id=request_id,
+                    index=news[0].index,
+                    tokens=[new.token for new in news],
+                    logprobs=[new.logprobs for new in news if new.logprobs is not None],
                     finish_reason=request.finish_reason,
                     stop_token=request.stop_token,
                     cached_tokens=min(request.num_cached_tokens, request.num_prompt_tokens),
                 )
             )
             if request.finish_reason is not None:
-                del self._owners[request.request_id]
+                del self._owners[request_id]
                 self._metrics.finished(request)
                 self._room()
         for owner, deltas in frames.items():

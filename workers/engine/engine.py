@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,8 +18,9 @@ import torch
 from workers.config import EngineConfig
 from workers.engine.backend import open_backend
 from workers.engine.block_pool import BlockPool
+from workers.engine.proposers import open_speculation
 from workers.engine.request import Request
-from workers.engine.scheduler import Scheduler, StepResult
+from workers.engine.scheduler import Plan, Scheduler, StepResult
 from workers.engine.step_input import StepInput
 from workers.models.catalog import PreparedModel
 from workers.protocol.hashes import hash_root
@@ -83,6 +85,7 @@ class Engine:
             eos_token_ids=frozenset(model.eos_token_ids),
         )
         self.runner = backend.runner(self.num_blocks)
+        self.speculation = open_speculation(config, model, self.num_blocks)
         self._prompt_tokens = 0
         self._output_tokens = 0
 
@@ -100,16 +103,29 @@ class Engine:
         if not plan.items:
             return False
         try:
+            plan = self._speculate(plan)
+            began = time.perf_counter()
             sampled = self.runner.run(StepInput.of(plan, self.layout.block_size))
+            seconds = time.perf_counter() - began
         except Exception as error:
             with self.lock:
                 self.scheduler.abandon(plan)
             raise StepFailed([item.request for item in plan.items]) from error
         with self.lock:
-            self._output_tokens += len(sampled)
-            self._prompt_tokens += plan.num_tokens - len(sampled)
-            deliver(self.scheduler.update(plan, sampled))
+            result = self.scheduler.update(plan, sampled)
+            self._output_tokens += len(result.tokens)
+            self._prompt_tokens += plan.num_tokens - plan.num_samples
+            deliver(result)
+        if self.speculation is not None:
+            self.speculation.observe(plan, result, seconds)
         return True
+
+    def _speculate(self, plan: Plan) -> Plan:
+        drafts = self.speculation.propose(plan) if self.speculation is not None else {}
+        if not drafts:
+            return plan
+        with self.lock:
+            return self.scheduler.extend(plan, drafts)
 
     def check(self, work: Work, *, prefill_only: bool = False) -> None:
         """Raise CannotServe when the request could never run here, whatever the load."""
@@ -149,6 +165,8 @@ class Engine:
                 prompt_tokens=self._prompt_tokens,
                 output_tokens=self._output_tokens,
                 preemptions=scheduler.preemptions,
+                drafted_tokens=scheduler.drafted_tokens,
+                accepted_tokens=scheduler.accepted_tokens,
             )
 
     def generate(

@@ -3,7 +3,8 @@
 Pure Python. There is no prefill phase and no decode phase: a request has tokens that are known and tokens that are
 computed, and each step spends a budget of tokens on letting requests catch up. Prompts longer than the budget are
 thereby cut into chunks, prefix hits and blocks received from a prefill worker are tokens already computed, and
-preemption sets a request's computed tokens back to zero.
+preemption sets a request's computed tokens back to zero. Speculated tokens are tokens to catch up with as well, behind
+the last known one; a token is sampled at each of them, and those that were guessed right need not be computed again.
 
 The engine calls `schedule`, runs the plan, and calls `update`; between the two calls the requests of the plan are *in
 flight*: their blocks are being written, so a cancel is only noted and carried out by `update`.
@@ -13,8 +14,9 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice, zip_longest
 from typing import NamedTuple
 
 from workers.engine.block_pool import BlockPool
@@ -25,12 +27,24 @@ from workers.protocol.messages import TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """Tokens [start, start + count) of one request; `samples` when they reach the last known token."""
+    """Tokens [start, start + count) of one request; `samples` when they reach the last known token.
+
+    Then a draft may follow: tokens that were guessed for the positions behind it.
+    """
 
     request: Request
     start: int
     count: int
     samples: bool
+    draft: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return self.count + len(self.draft)
+
+    @property
+    def num_samples(self) -> int:
+        return 1 + len(self.draft) if self.samples else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +53,18 @@ class Plan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(item.count for item in self.items)
+        return sum(item.num_tokens for item in self.items)
+
+    @property
+    def num_samples(self) -> int:
+        return sum(item.num_samples for item in self.items)
 
 
 NOT_A_NUMBER = -1
 
 
 class Sampled(NamedTuple):
-    """What the runner chose for one sampling item of the plan, in plan order."""
+    """What the runner chose at one sampled position; those of the plan's items follow each other."""
 
     token: int  # NOT_A_NUMBER: the logits held a NaN, and this request alone fails
     logprobs: TokenLogprobs | None
@@ -60,6 +78,15 @@ class StepResult:
     # Prefill-only requests with newly computed blocks; PREFILLED ones are to be finished.
     progressed: list[Request]
     failed: list[Request]  # those whose logits were not numbers; they hold nothing any more
+    verified: list[Verified]
+
+
+class Verified(NamedTuple):
+    """How good a draft was."""
+
+    request: Request
+    proposed: int
+    accepted: int
 
 
 class Scheduler:
@@ -86,6 +113,8 @@ class Scheduler:
         self.preemptions = 0
         self.hit_tokens = 0
         self.query_tokens = 0
+        self.drafted_tokens = 0  # speculated and verified
+        self.accepted_tokens = 0  # of these: guessed right
         self._clock = clock
         self._in_flight: set[str] = set()
         self._num_reserved = 0
@@ -230,41 +259,80 @@ class Scheduler:
         self._in_flight = set(planned)
         return Plan(tuple(planned.values()))
 
+    def extend(self, plan: Plan, drafts: Mapping[str, Sequence[int]]) -> Plan:
+        """The plan with drafts, by request id, as far as budget, blocks and max_tokens allow. Nobody is preempted."""
+        budget = self.max_num_batched_tokens - plan.num_tokens
+        items = []
+        for item in plan.items:
+            request, end = item.request, item.start + item.count
+            draft = drafts.get(request.request_id, ())
+            if draft and item.samples and not request.prefill_only:
+                # Behind the last token that it may have there is nothing to verify.
+                length = min(len(draft), budget, request.max_total_tokens - end - 1)
+                if self.waiting or not self._grow(
+                    request, end + length
+                ):  # those that wait need the blocks more
+                    length = min(length, len(request.block_table) * self.block_size - end)
+                item = replace(item, draft=tuple(draft[: max(length, 0)]))
+                budget -= len(item.draft)
+            items.append(item)
+        return Plan(tuple(items))
+
     def update(self, plan: Plan, sampled: Sequence[Sampled]) -> StepResult:
-        """The plan has run: `sampled` has one entry for each item that samples, in order."""
-        result = StepResult([], [], [])
+        """The plan has run: `sampled` has an entry for each position that its items sample, in order."""
+        result = StepResult([], [], [], [])
         self._in_flight = set()
         choices = iter(sampled)
         now = self._clock()
         for item in plan.items:
             request = item.request
-            choice = next(choices) if item.samples else None
+            chosen = list(islice(choices, item.num_samples))
             if request.cancelled:
                 self._finish(request)
                 continue
-            if choice is not None and choice.token == NOT_A_NUMBER:
-                self._finish(request)  # its last blocks are not stored: nobody else shall find a NaN in them
-                result.failed.append(request)
-                continue
             request.num_computed_tokens = item.start + item.count
+            if chosen:
+                self._accept(request, item.draft, chosen, result)
+                request.times.prefilled = request.times.prefilled or now
+                request.times.last_token = now
+                if request.state is State.FINISHED:
+                    continue
             self._store_full_blocks(request)
             if request.prefill_only:
                 result.progressed.append(request)
-            if choice is None:
-                continue
-            index = request.num_output_tokens
-            request.append(choice.token, self.eos_token_ids)
-            request.times.prefilled = request.times.prefilled or now
-            request.times.last_token = now
-            result.tokens.append(NewToken(request, index, choice.token, choice.logprobs))
-            if request.prefill_only:
-                self.running.remove(request)
-                request.state = State.PREFILLED
+                if chosen:
+                    self.running.remove(request)
+                    request.state = State.PREFILLED
             elif request.finish_reason is not None:
                 self._finish(request)
-            else:
-                self._hash(request)
         return result
+
+    def _accept(
+        self, request: Request, draft: Sequence[int], chosen: Sequence[Sampled], result: StepResult
+    ) -> None:
+        """Take what was sampled, up to the first place where the draft had guessed another token.
+
+        What is sampled behind a wrong guess hangs on it and is void. Up to there every token was sampled from the
+        logits that it would have had without the draft, so speculation changes no token.
+        """
+        accepted = 0
+        for guess, choice in zip_longest(draft, chosen):
+            if choice.token == NOT_A_NUMBER:
+                self._finish(request)  # its last blocks are not stored: nobody else shall find a NaN in them
+                result.failed.append(request)
+                return
+            index = request.num_output_tokens
+            request.append(choice.token, self.eos_token_ids)
+            result.tokens.append(NewToken(request, index, choice.token, choice.logprobs))
+            if request.finish_reason is not None or choice.token != guess:
+                break
+            accepted += 1
+        request.num_computed_tokens += accepted
+        self._hash(request)
+        if draft:
+            self.drafted_tokens += len(draft)
+            self.accepted_tokens += accepted
+            result.verified.append(Verified(request, len(draft), accepted))
 
     def abandon(self, plan: Plan) -> None:
         """The plan could not be run: none of its requests is in flight any more."""

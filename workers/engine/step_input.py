@@ -25,11 +25,17 @@ class StepInput:
         builder = StepBuilder(block_size)
         samples: list[SampleInput] = []
         for item in plan.items:
-            request = item.request
+            request, draft = item.request, item.draft
             end = item.start + item.count
-            builder.add(request.token_ids, item.start, end, request.block_table, sampled=item.samples)
+            tokens = request.token_ids[item.start : end]
+            if draft:
+                tokens += draft
+            builder.add(tokens, item.start, request.block_table, item.num_samples)
             if item.samples:
-                samples.append(SampleInput(request, end - request.num_prompt_tokens))
+                position = end - request.num_prompt_tokens
+                samples.append(SampleInput(request, position))
+                for guessed in range(1, len(draft) + 1):
+                    samples.append(SampleInput(request, position + guessed, draft[:guessed]))
         return StepInput(builder.arrays(), samples)
 
 
@@ -44,17 +50,15 @@ class StepBuilder:
         self._blocks, self._block_start = array("i"), array("i")
         self._rows = array("i")
 
-    def add(
-        self, token_ids: Sequence[int], start: int, end: int, table: array[int], *, sampled: bool
-    ) -> None:
-        """Tokens [start, end) of a sequence whose context lies in the blocks of `table`; the last one is sampled."""
+    def add(self, token_ids: Sequence[int], start: int, table: array[int], num_samples: int) -> None:
+        """Tokens of a sequence from position `start` on, its context in the blocks of `table`; the last ones sample."""
         block_size = self._block_size
-        if end - start == 1:
-            self._token_ids.append(token_ids[start])
+        end = start + len(token_ids)
+        self._token_ids.extend(token_ids)
+        if end == start + 1:
             self._positions.append(start)
             self._slots.append(table[start // block_size] * block_size + start % block_size)
         else:
-            self._token_ids.extend(token_ids[start:end])
             self._positions.extend(range(start, end))
             self._slots.extend(
                 [table[p // block_size] * block_size + p % block_size for p in range(start, end)]
@@ -66,8 +70,7 @@ class StepBuilder:
         self._blocks.extend(
             table
         )  # also what is held for later tokens: a copy of memory, whatever its length
-        if sampled:
-            self._rows.append(num_tokens - 1)
+        self._rows.extend(range(num_tokens - num_samples, num_tokens))
 
     def arrays(self) -> StepArrays:
         return StepArrays(

@@ -152,6 +152,8 @@ class Load(Struct, frozen=True):
     prompt_tokens: int = 0  # since start
     output_tokens: int = 0  # since start
     preemptions: int = 0  # since start
+    drafted_tokens: int = 0  # since start: guessed by speculation and verified
+    accepted_tokens: int = 0  # since start: of these, right
 
 
 # --- connection set-up (both planes) ---------------------------------------------------------------------------------

@@ -38,7 +38,11 @@ def make_request(name: str, prompt: list[int], max_tokens: int = 4, **kwargs: ob
 
 
 def run(plan: Plan) -> list[Sampled]:
-    return [Sampled(next_token(item.request.token_ids), None) for item in plan.items if item.samples]
+    return [
+        Sampled(next_token([*item.request.token_ids, *item.draft[:guessed]]), None)
+        for item in plan.items
+        for guessed in range(item.num_samples)
+    ]
 
 
 def run_to_end(scheduler: Scheduler, limit: int = 500) -> dict[str, list[int]]:
@@ -252,6 +256,20 @@ class SchedulerMachine(RuleBasedStateMachine):
                 block = item.request.block_table[p]
                 assert owners.setdefault(block, item.request.request_id) == item.request.request_id
         assert len(written) == self.plan.num_tokens
+
+    @precondition(lambda self: self.plan is not None)
+    @rule(data=st.data())
+    def speculate(self, data: st.DataObject) -> None:
+        assert self.plan is not None
+        drafts = {}
+        for item in self.plan.items:
+            known = [*item.request.token_ids]
+            right = expected(known, data.draw(st.integers(0, 6)))
+            drafts[item.request.request_id] = right + data.draw(st.lists(st.integers(1, 7), max_size=2))
+        self.plan = self.scheduler.extend(self.plan, drafts)
+        assert self.plan.num_tokens <= self.scheduler.max_num_batched_tokens
+        for item in self.plan.items:
+            assert len(item.request.block_table) * BLOCK >= item.start + item.num_tokens
 
     @precondition(lambda self: self.plan is not None)
     @rule()
