@@ -23,17 +23,34 @@ inline uint32_t load_unit(const uint8_t* p) {
   return x;
 }
 
+// take(i, the i-th four bytes of all 16 rows) for whole rows, whose length is a multiple of 16.
+template <class Take>
+inline void transpose_rows(const uint8_t* const* rows, size_t row_bytes, const Take& take) {
+  Vb units[16];
+  size_t offset = 0;
+  for (; offset + 64 <= row_bytes; offset += 64) {
+    transpose16(rows, offset, units);
+    for (size_t j = 0; j < 16; ++j) take(offset / 4 + j, units[j]);
+  }
+  for (; offset < row_bytes; offset += 16) {
+    transpose4(rows, offset, units);
+    for (size_t j = 0; j < 4; ++j) take(offset / 4 + j, units[j]);
+  }
+}
+
 struct FloatKv {
   using Sum = Vf;
-  static constexpr int kUnit = 1;        // values of a unit
+  using Units = Vf;                       // 16 units
+  static constexpr int kUnit = 1;         // values of a unit
   static constexpr bool kScaled = false;  // whether tokens have scales
   static constexpr int kExpDegree = 6;    // of the polynomial of 2^x that the probabilities deserve
 
   static Sum zero() { return zero_f(); }
-  static Sum dot(Sum sum, const uint8_t* w, uint32_t x) {
+  static Units units(const uint8_t* p) { return load(reinterpret_cast<const float*>(p)); }
+  static Sum dot(Sum sum, Units w, uint32_t x) {
     float value;
     std::memcpy(&value, &x, 4);
-    return fma(load(reinterpret_cast<const float*>(w)), set1(value), sum);
+    return fma(w, set1(value), sum);
   }
   static Vf value(Sum sum) { return sum; }
 
@@ -43,26 +60,33 @@ struct FloatKv {
     return 1.0f;
   }
   static void pack_keys(const uint8_t* const* rows, int head_dim, uint8_t* out) {
-    Vb unit[4];
-    for (size_t offset = 0; offset < row_bytes(head_dim); offset += 16, out += 256) {
-      transpose4(rows, offset, unit);
-      for (int j = 0; j < 4; ++j) store_bytes(out + 64 * j, unit[j]);
-    }
+    transpose_rows(rows, row_bytes(head_dim), [&](size_t unit, Vb tokens) { store_bytes(out + 64 * unit, tokens); });
   }
-  static void pack_values(const uint8_t* const* rows, int head_dim, uint8_t* out) {
-    std::memcpy(out, rows[0], row_bytes(head_dim));
+  // Dimensions d .. d + 16 * n - 1 of the tokens of one unit.
+  static void value_units(const uint8_t* const* rows, int d, int n, Units* out) {
+    for (int i = 0; i < n; ++i) out[i] = units(rows[0] + 4 * (d + i * kLanes));
   }
+  static void store_units(uint8_t* p, Units x) { store(reinterpret_cast<float*>(p), x); }
   static void store_probability(uint8_t* row, int token, Vf p) { store(reinterpret_cast<float*>(row) + token, p); }
 };
 
+template <class T>
+inline void interleave_rows(const T* a, const T* b, int n, Vb* out) {
+  int i = 0;
+  for (; i + 2 <= n; i += 2) interleave2(a + i * kLanes, b + i * kLanes, out + i);
+  if (i < n) out[i] = interleave(a + i * kLanes, b + i * kLanes);
+}
+
 struct Bf16Kv {
   using Sum = Vf;
+  using Units = Vb;
   static constexpr int kUnit = 2;
   static constexpr bool kScaled = false;
   static constexpr int kExpDegree = 4;
 
   static Sum zero() { return zero_f(); }
-  static Sum dot(Sum sum, const uint8_t* w, uint32_t x) { return dot_bf16(sum, load_bytes(w), x); }
+  static Units units(const uint8_t* p) { return load_bytes(p); }
+  static Sum dot(Sum sum, Units w, uint32_t x) { return dot_bf16(sum, w, x); }
   static Vf value(Sum sum) { return sum; }
 
   static size_t row_bytes(int head_dim) { return static_cast<size_t>(head_dim) * 2; }
@@ -73,11 +97,10 @@ struct Bf16Kv {
   static void pack_keys(const uint8_t* const* rows, int head_dim, uint8_t* out) {
     FloatKv::pack_keys(rows, head_dim / 2, out);  // a pair moves as a float does
   }
-  static void pack_values(const uint8_t* const* rows, int head_dim, uint8_t* out) {
-    const uint16_t* a = reinterpret_cast<const uint16_t*>(rows[0]);
-    const uint16_t* b = reinterpret_cast<const uint16_t*>(rows[1]);
-    for (int d = 0; d < head_dim; d += kLanes) store_bytes(out + 4 * d, interleave(a + d, b + d));
+  static void value_units(const uint8_t* const* rows, int d, int n, Units* out) {
+    interleave_rows(reinterpret_cast<const uint16_t*>(rows[0]) + d, reinterpret_cast<const uint16_t*>(rows[1]) + d, n, out);
   }
+  static void store_units(uint8_t* p, Units x) { store_bytes(p, x); }
   static void store_probability(uint8_t* row, int token, Vf p) {
     store_bf16(reinterpret_cast<uint16_t*>(row) + token, p);
   }
@@ -85,6 +108,7 @@ struct Bf16Kv {
 
 struct Int8Kv {
   using Sum = Vi;
+  using Units = Vb;
   static constexpr int kUnit = 2;
   static constexpr bool kScaled = true;
   static constexpr int kExpDegree = 5;
@@ -92,7 +116,8 @@ struct Int8Kv {
   static constexpr float kRange = 32767.0f;
 
   static Sum zero() { return zero_i(); }
-  static Sum dot(Sum sum, const uint8_t* w, uint32_t x) { return dot_i16(sum, load_bytes(w), x); }
+  static Units units(const uint8_t* p) { return load_bytes(p); }
+  static Sum dot(Sum sum, Units w, uint32_t x) { return dot_i16(sum, w, x); }
   static Vf value(Sum sum) { return to_float(sum); }
 
   static size_t row_bytes(int head_dim) { return static_cast<size_t>(head_dim); }
@@ -113,20 +138,15 @@ struct Int8Kv {
     return largest / kRange;
   }
   static void pack_keys(const uint8_t* const* rows, int head_dim, uint8_t* out) {
-    Vb quad[4];
-    for (size_t offset = 0; offset < row_bytes(head_dim); offset += 16, out += 512) {
-      transpose4(rows, offset, quad);
-      for (int j = 0; j < 4; ++j) {
-        store_bytes(out + 128 * j, widen_even(quad[j]));
-        store_bytes(out + 128 * j + 64, widen_odd(quad[j]));
-      }
-    }
+    transpose_rows(rows, row_bytes(head_dim), [&](size_t quad, Vb tokens) {
+      store_bytes(out + 128 * quad, widen_even(tokens));
+      store_bytes(out + 128 * quad + 64, widen_odd(tokens));
+    });
   }
-  static void pack_values(const uint8_t* const* rows, int head_dim, uint8_t* out) {
-    const int8_t* a = reinterpret_cast<const int8_t*>(rows[0]);
-    const int8_t* b = reinterpret_cast<const int8_t*>(rows[1]);
-    for (int d = 0; d < head_dim; d += kLanes) store_bytes(out + 4 * d, interleave(a + d, b + d));
+  static void value_units(const uint8_t* const* rows, int d, int n, Units* out) {
+    interleave_rows(reinterpret_cast<const int8_t*>(rows[0]) + d, reinterpret_cast<const int8_t*>(rows[1]) + d, n, out);
   }
+  static void store_units(uint8_t* p, Units x) { store_bytes(p, x); }
   static void store_probability(uint8_t* row, int token, Vf p) {  // already in units of the row's factor
     store_i16(reinterpret_cast<int16_t*>(row) + token, to_int(p));
   }

@@ -17,7 +17,8 @@ inline void store_i16(int16_t* p, Vi a) {  // saturating
 inline Vi dot_i16(Vi acc, Vb w, uint32_t x) {
   const __m512i all = _mm512_set1_epi32(static_cast<int>(x));
 #if defined(__AVX512VNNI__)
-  return {_mm512_dpwssd_epi32(acc.v, w.v, all)};
+  asm("vpdpwssd %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(all));  // the intrinsic spills, as in dot_u8s8
+  return acc;
 #else
   return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(w.v, all))};
 #endif
@@ -47,23 +48,59 @@ inline void transpose4(const uint8_t* const* rows, size_t offset, Vb* out) {
   out[2].v = _mm512_unpacklo_epi64(ab2, cd2);
   out[3].v = _mm512_unpackhi_epi64(ab2, cd2);
 }
-inline __m512i interleaving() {  // words 0, 16, 1, 17, ...
+// Units offset / 4 .. offset / 4 + 15 of 16 rows: out[j] lane i = unit j of row i.
+inline void transpose16(const uint8_t* const* rows, size_t offset, Vb* out) {
+  __m512i four[16];  // [4 * g + j], lane l: unit 4 * l + j of rows 4 * g .. 4 * g + 3
+  for (int g = 0; g < 16; g += 4) {
+    const __m512i a = _mm512_loadu_si512(rows[g] + offset), b = _mm512_loadu_si512(rows[g + 1] + offset);
+    const __m512i c = _mm512_loadu_si512(rows[g + 2] + offset), d = _mm512_loadu_si512(rows[g + 3] + offset);
+    const __m512i ab0 = _mm512_unpacklo_epi32(a, b), ab2 = _mm512_unpackhi_epi32(a, b);
+    const __m512i cd0 = _mm512_unpacklo_epi32(c, d), cd2 = _mm512_unpackhi_epi32(c, d);
+    four[g] = _mm512_unpacklo_epi64(ab0, cd0);
+    four[g + 1] = _mm512_unpackhi_epi64(ab0, cd0);
+    four[g + 2] = _mm512_unpacklo_epi64(ab2, cd2);
+    four[g + 3] = _mm512_unpackhi_epi64(ab2, cd2);
+  }
+  for (int j = 0; j < 4; ++j) {
+    const __m512i a = _mm512_shuffle_i32x4(four[j], four[4 + j], 0x88);
+    const __m512i b = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], 0x88);
+    const __m512i c = _mm512_shuffle_i32x4(four[j], four[4 + j], 0xdd);
+    const __m512i d = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], 0xdd);
+    out[j].v = _mm512_shuffle_i32x4(a, b, 0x88);
+    out[4 + j].v = _mm512_shuffle_i32x4(c, d, 0x88);
+    out[8 + j].v = _mm512_shuffle_i32x4(a, b, 0xdd);
+    out[12 + j].v = _mm512_shuffle_i32x4(c, d, 0xdd);
+  }
+}
+inline __m512i interleaving(int first, int second) {  // words first, second, first + 1, second + 1, ...
   const __m512i low = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16));
+  return _mm512_add_epi16(_mm512_or_si512(low, _mm512_slli_epi32(low, 16)),
+                          _mm512_set1_epi32(first | second << 16));
 }
 // 16 pairs (a[i], b[i]).
 inline Vb interleave(const uint16_t* a, const uint16_t* b) {
   const __m512i low = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)));
   const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
-  return {_mm512_permutexvar_epi16(interleaving(), _mm512_inserti64x4(low, high, 1))};
+  return {_mm512_permutexvar_epi16(interleaving(0, 16), _mm512_inserti64x4(low, high, 1))};
 }
 inline Vb interleave(const int8_t* a, const int8_t* b) {  // widened to int16
   const __m256i low = _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a)));
   const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b));
   const __m512i wide = _mm512_cvtepi8_epi16(_mm256_inserti128_si256(low, high, 1));
-  return {_mm512_permutexvar_epi16(interleaving(), wide)};
+  return {_mm512_permutexvar_epi16(interleaving(0, 16), wide)};
 }
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+// 32 pairs.
+inline void interleave_words(__m512i a, __m512i b, Vb* out) {
+  out[0].v = _mm512_permutex2var_epi16(a, interleaving(0, 32), b);  // words of b count from 32
+  out[1].v = _mm512_permutex2var_epi16(a, interleaving(16, 48), b);
+}
+inline void interleave2(const uint16_t* a, const uint16_t* b, Vb* out) {
+  interleave_words(_mm512_loadu_si512(a), _mm512_loadu_si512(b), out);
+}
+inline void interleave2(const int8_t* a, const int8_t* b, Vb* out) {
+  interleave_words(_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a))),
+                   _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b))), out);
+}
 
 #elif defined(__AVX2__)
 
@@ -113,7 +150,6 @@ inline Vb interleave(const int8_t* a, const int8_t* b) {
   return interleave_words(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a))),
                           _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b))));
 }
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 #else  // portable
 
@@ -162,8 +198,25 @@ inline Vb interleave(const int8_t* a, const int8_t* b) {
   }
   return interleave(wide_a, wide_b);
 }
-inline void prefetch(const void*) {}
 
+#endif
+
+// Not the builtin: gcc takes a function that only prefetches for one without effect, and removes its calls.
+#if defined(__x86_64__)
+inline void prefetch(const void* p) { asm volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(p))); }
+#else
+inline void prefetch(const void*) {}
+#endif
+
+#if !defined(__AVX512F__)
+inline void transpose16(const uint8_t* const* rows, size_t offset, Vb* out) {
+  for (int j = 0; j < 16; j += 4) transpose4(rows, offset + 4 * static_cast<size_t>(j), out + j);
+}
+template <class T>
+inline void interleave2(const T* a, const T* b, Vb* out) {
+  out[0] = interleave(a, b);
+  out[1] = interleave(a + kLanes, b + kLanes);
+}
 #endif
 
 }  // namespace hr
