@@ -18,8 +18,8 @@ import yaml
 from bench.completions_app import Answer, completions_app, serve
 from bench.configurations import check_in_force, engine_config
 from workers.engine.engine import Engine, StepFailed
+from workers.engine.plan import StepResult
 from workers.engine.request import Request
-from workers.engine.scheduler import StepResult
 from workers.models.catalog import prepare_model
 from workers.protocol.messages import Sampling, Work
 

@@ -21,6 +21,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 HEAVY = {"torch", "ray", "redis", "numpy", "transformers", "cupy"}
 PURE = (
     "workers/engine/scheduler.py",
+    "workers/engine/plan.py",
     "workers/engine/block_pool.py",
     "router/prefix_index.py",
     "router/policy.py",

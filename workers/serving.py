@@ -17,8 +17,8 @@ import msgspec
 
 from workers.config import WorkerConfig
 from workers.engine.engine import CannotServe, Engine, StepFailed
+from workers.engine.plan import StepResult
 from workers.engine.request import NewToken, Request, State
-from workers.engine.scheduler import StepResult
 from workers.metrics import WorkerMetrics
 from workers.protocol.messages import (
     Accepted,

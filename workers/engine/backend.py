@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 
 from workers.config import EngineConfig
+from workers.engine.plan import Sampled
 from workers.engine.runner import TorchRunner
-from workers.engine.scheduler import Sampled
 from workers.engine.step_input import StepInput
 from workers.models.catalog import PreparedModel
 from workers.models.errors import NotHere

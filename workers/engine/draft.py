@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from workers.engine.block_pool import BlockPool
+from workers.engine.plan import NOT_A_NUMBER, Sampled
 from workers.engine.request import Request, State
 from workers.engine.sampler import SampleInput
-from workers.engine.scheduler import NOT_A_NUMBER, Sampled
 from workers.engine.step_input import StepBuilder, StepInput
 
 

@@ -18,9 +18,10 @@ import torch
 from workers.config import EngineConfig
 from workers.engine.backend import open_backend
 from workers.engine.block_pool import BlockPool
+from workers.engine.plan import Plan, StepResult
 from workers.engine.proposers import open_speculation
 from workers.engine.request import Request
-from workers.engine.scheduler import Plan, Scheduler, StepResult
+from workers.engine.scheduler import Scheduler
 from workers.engine.step_input import StepInput
 from workers.models.catalog import PreparedModel
 from workers.protocol.hashes import hash_root

@@ -14,7 +14,7 @@ from kernels.cpu.library import Library, load
 from kernels.cpu.structures import KvType
 from workers.config import EngineConfig
 from workers.engine.native_sampler import NativeSampler
-from workers.engine.scheduler import Sampled
+from workers.engine.plan import Sampled
 from workers.engine.step_input import StepInput
 from workers.models.catalog import PreparedModel
 from workers.models.checkpoint import read_json

@@ -17,9 +17,9 @@ from kernels.cpu.library import Library
 from kernels.cpu.sampling import PARAMS, Drawn, RowSampler, greedy_params
 from kernels.sampling import COLDEST, noise_key
 from workers.engine.occurrences import Occurrences
+from workers.engine.plan import Sampled
 from workers.engine.request import Request
 from workers.engine.sampler import SampleInput
-from workers.engine.scheduler import Sampled
 from workers.protocol.messages import TokenLogprobs
 
 

@@ -7,8 +7,8 @@ import torch
 
 from kernels.cpu.decoder import StepArrays
 from kernels.reference import AttentionBatch
+from workers.engine.plan import Sampled
 from workers.engine.sampler import Sampler
-from workers.engine.scheduler import Sampled
 from workers.engine.step_input import StepInput
 from workers.models.decoder import Decoder
 from workers.protocol.messages import KvLayout

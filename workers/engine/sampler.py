@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 from kernels.sampling import sample
+from workers.engine.plan import NOT_A_NUMBER, Sampled
 from workers.engine.request import Request
-from workers.engine.scheduler import NOT_A_NUMBER, Sampled
 from workers.protocol.messages import Sampling, TokenLogprobs
 
 

@@ -15,78 +15,14 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice, zip_longest
-from typing import NamedTuple
 
 from workers.engine.block_pool import BlockPool
+from workers.engine.plan import NOT_A_NUMBER, Plan, Sampled, Scheduled, StepResult, Verified
 from workers.engine.request import NewToken, Request, State
 from workers.protocol.hashes import extend_hashes
 from workers.protocol.messages import TokenLogprobs
-
-
-@dataclass(frozen=True, slots=True)
-class Scheduled:
-    """Tokens [start, start + count) of one request; `samples` when they reach the last known token.
-
-    Then a draft may follow: tokens that were guessed for the positions behind it.
-    """
-
-    request: Request
-    start: int
-    count: int
-    samples: bool
-    draft: tuple[int, ...] = ()
-
-    @property
-    def num_tokens(self) -> int:
-        return self.count + len(self.draft)
-
-    @property
-    def num_samples(self) -> int:
-        return 1 + len(self.draft) if self.samples else 0
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    items: tuple[Scheduled, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(item.num_tokens for item in self.items)
-
-    @property
-    def num_samples(self) -> int:
-        return sum(item.num_samples for item in self.items)
-
-
-NOT_A_NUMBER = -1
-
-
-class Sampled(NamedTuple):
-    """What the runner chose at one sampled position; those of the plan's items follow each other."""
-
-    token: int  # NOT_A_NUMBER: the logits held a NaN, and this request alone fails
-    logprobs: TokenLogprobs | None
-
-
-@dataclass(slots=True)
-class StepResult:
-    """What `update` made of a step."""
-
-    tokens: list[NewToken]
-    # Prefill-only requests with newly computed blocks; PREFILLED ones are to be finished.
-    progressed: list[Request]
-    failed: list[Request]  # those whose logits were not numbers; they hold nothing any more
-    verified: list[Verified]
-
-
-class Verified(NamedTuple):
-    """How good a draft was."""
-
-    request: Request
-    proposed: int
-    accepted: int
 
 
 class Scheduler:

@@ -21,8 +21,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from workers.engine.plan import Plan, StepResult
 from workers.engine.request import Request
-from workers.engine.scheduler import Plan, StepResult
 
 _WORTHWHILE = 1.03  # less expected gain than this is within the error of the estimates
 _FIRST_GUESS = 0.6  # share of right guesses before anything is known

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernels.cpu.decoder import StepArrays
+from workers.engine.plan import Plan
 from workers.engine.sampler import SampleInput
-from workers.engine.scheduler import Plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,9 @@ import torch
 from kernels.cpu.build import VARIANTS, runs_here
 from kernels.cpu.library import Library, load
 from workers.engine.native_sampler import NativeSampler
+from workers.engine.plan import NOT_A_NUMBER, Sampled
 from workers.engine.request import Request
 from workers.engine.sampler import SampleInput, Sampler
-from workers.engine.scheduler import NOT_A_NUMBER, Sampled
 from workers.protocol.messages import Sampling, Work
 
 _MARGIN = 2e-6

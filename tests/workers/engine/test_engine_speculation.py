@@ -11,8 +11,8 @@ from workers.config import EngineConfig, SpeculationConfig
 from workers.engine.draft import DraftProposer
 from workers.engine.engine import Completion, Engine
 from workers.engine.ngram import NgramProposer
+from workers.engine.plan import Plan, StepResult
 from workers.engine.proposers import open_speculation
-from workers.engine.scheduler import Plan, StepResult
 from workers.engine.speculation import Proposer, Speculation
 from workers.models.catalog import PreparedModel, prepare_model
 from workers.models.random_model import write_random_model

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from workers.engine.block_pool import BlockPool
+from workers.engine.plan import NOT_A_NUMBER, Plan, Sampled
 from workers.engine.request import Request, State
-from workers.engine.scheduler import NOT_A_NUMBER, Plan, Sampled, Scheduler
+from workers.engine.scheduler import Scheduler
 from workers.protocol.messages import Sampling, Work
 
 BLOCK = 4

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.engine.block_pool import BlockPool
+from workers.engine.plan import Plan, Sampled
 from workers.engine.request import Request
-from workers.engine.scheduler import Plan, Sampled, Scheduler
+from workers.engine.scheduler import Scheduler
 from workers.engine.speculation import Acceptance, Speculation, StepCost, draft_lengths
 from workers.protocol.messages import Sampling, TokenLogprobs, Work
 

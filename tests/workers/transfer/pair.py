@@ -16,8 +16,9 @@ import torch
 
 from workers.config import TransferConfig
 from workers.engine.block_pool import BlockPool
+from workers.engine.plan import Sampled
 from workers.engine.request import Request, State
-from workers.engine.scheduler import Sampled, Scheduler
+from workers.engine.scheduler import Scheduler
 from workers.protocol.hashes import hash_root
 from workers.protocol.messages import KvLayout, Sampling, Work, WorkerInfo
 from workers.transfer.block_memory import BlockMemory, DeviceBlocks, HostBlocks
