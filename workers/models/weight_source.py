@@ -189,7 +189,7 @@ def _check(
     wanted = dict(floats)
     ignored = {name for name in headers if name.endswith("rotary_emb.inv_freq")}  # buffers of old checkpoints
     if form is not None:
-        for module in quantized:
+        for module in sorted(quantized):
             n, k = shapes[module + ".weight"]
             wanted |= {f"{module}.{end}": shape for end, shape in form.shapes(n, k).items()}
             ignored |= {f"{module}.{end}" for end in form.optional}

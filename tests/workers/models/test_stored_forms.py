@@ -244,5 +244,5 @@ def test_groups_that_do_not_fit_are_named(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["group_size"] = 128
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="groups of 128 do not divide 64 inputs"):
+    with pytest.raises(ModelError, match="groups of 128 do not divide 192 inputs"):
         source(tmp_path)
