@@ -11,7 +11,6 @@
 namespace hr {
 
 constexpr int kQuads = kGroup / 4;  // steps of a group
-constexpr int kBlock = 16;          // groups that stay in the L1 cache while all rows meet them
 
 // Strips of a tile: two accumulators for each, one of whole numbers and one of floats.
 #if defined(__AVX512F__)
@@ -46,12 +45,14 @@ struct GroupBlock {
   int ahead_lines;
 };
 
-// Four inputs of R rows times S strips, whose weights are bytes.
-template <int R, int S>
+// Four inputs of R rows times S strips.
+template <Format F, int R, int S>
 HR_INLINE void quad_dots(Vi (&acc)[R][S], const Vb (&w)[S], const int8_t* x, size_t stride) {
   HR_UNROLL for (int r = 0; r < R; ++r) {
     const int32_t quad = load_quad(x + r * stride);
-    HR_UNROLL for (int j = 0; j < S; ++j) acc[r][j] = dot_u8s8(acc[r][j], w[j], quad);
+    HR_UNROLL for (int j = 0; j < S; ++j) {
+      acc[r][j] = F == Format::Q4 ? dot_u4s8(acc[r][j], w[j], quad) : dot_u8s8(acc[r][j], w[j], quad);
+    }
   }
 }
 
@@ -63,10 +64,10 @@ HR_INLINE void group_dots(Vi (&acc)[R][S], const uint8_t* q, const int8_t* x, si
       w[j] = load_bytes(q + j * 64);
       if constexpr (F == Format::Q4) w[j] = low_nibbles(w[j]);
     }
-    quad_dots(acc, w, x, stride);
+    quad_dots<F, R, S>(acc, w, x, stride);
     if constexpr (F == Format::Q4) {
       HR_UNROLL for (int j = 0; j < S; ++j) w[j] = high_nibbles(load_bytes(q + j * 64));
-      quad_dots(acc, w, x + kGroup / 2, stride);
+      quad_dots<F, R, S>(acc, w, x + kGroup / 2, stride);
     }
   }
 }
@@ -121,12 +122,15 @@ template <Format F>
 void group_blocks(const uint8_t* panel, const Activations& x, int m0, int m1, float* sums) {
   const int groups = x.k_pad / kGroup;
   const int passes = tiles(m1 - m0) * kStrips / group_strips(tile_rows(m1 - m0));
+  // One tile of rows: about 8 KiB, so that the second half of the strips finds them, and the next block, in the L1 cache.
+  // More rows: enough to hide the way in and out of the tiles.
+  const int size = m1 - m0 > kRows ? 16 : F == Format::Q4 ? 8 : 4;
   GroupBlock block;
   block.ahead_lines = (Group<F>::kBytes / 64 + passes - 1) / passes;
   for (block.first = 0; block.first < groups; block.first = block.end) {
-    block.end = std::min(groups, block.first + kBlock);
+    block.end = std::min(groups, block.first + size);
     block.from = panel + block.first * Group<F>::kBytes;
-    block.ahead = panel + block.end * Group<F>::kBytes;
+    block.ahead = block.from + size * Group<F>::kBytes;
     for (int row = m0, rows; row < m1; row += rows) {
       rows = tile_rows(m1 - row);
       group_tile_of<F>(rows, block, x, row, sums + (row - m0) * kPanel);

@@ -14,12 +14,14 @@ class Row {
  public:
   Row(const float* x, int k, const float* weight, float eps) : x_(x), weight_(weight), k_(k) {
     if (weight_ == nullptr) return;
-    Vf squares = zero_f();
-    for (int i = 0; i < k; i += kLanes) {
-      const Vf v = load_n(x_ + i, std::min(kLanes, k - i));
-      squares = fma(v, v, squares);
+    Vf squares[4] = {zero_f(), zero_f(), zero_f(), zero_f()};  // four chains hide the latency
+    int i = 0;
+    for (; i + 4 * kLanes <= k; i += 4 * kLanes) {
+      for (int j = 0; j < 4; ++j) add_square(load(x_ + i + j * kLanes), squares[j]);
     }
-    inverse_rms_ = 1.0f / std::sqrt(reduce_add(squares) / static_cast<float>(k) + eps);
+    for (; i < k; i += kLanes) add_square(load_n(x_ + i, std::min(kLanes, k - i)), squares[0]);
+    const float sum = reduce_add((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    inverse_rms_ = 1.0f / std::sqrt(sum / static_cast<float>(k) + eps);
   }
   Vf at(int i) const {
     const int n = std::min(kLanes, k_ - i);
@@ -30,6 +32,8 @@ class Row {
   }
 
  private:
+  static void add_square(Vf v, Vf& sum) { sum = fma(v, v, sum); }
+
   const float* x_;
   const float* weight_;
   int k_;

@@ -248,6 +248,16 @@ inline Vi dot_u8s8(Vi acc, Vb w, int32_t x) {
   return {dot_u8s8_8(acc.a, w.a, x_even, x_odd), dot_u8s8_8(acc.b, w.b, x_even, x_odd)};
 }
 
+// As dot_u8s8 for weights of 0..15: pairs of their products fit 16 bits.
+inline __m256i dot_u4s8_8(__m256i acc, __m256i w, __m256i x) {
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+}
+#define HR_DOT_U4S8 1
+inline Vi dot_u4s8(Vi acc, Vb w, int32_t x) {
+  const __m256i all = _mm256_set1_epi32(x);
+  return {dot_u4s8_8(acc.a, w.a, all), dot_u4s8_8(acc.b, w.b, all)};
+}
+
 #else  // portable ---------------------------------------------------------------------------------------------------
 
 struct Vf { float v[16]; };
@@ -351,6 +361,10 @@ inline Vi dot_u8s8(Vi acc, Vb w, int32_t x) {
 #undef HR_LANES
 
 #endif  // --------------------------------------------------------------------------------------------------------------
+
+#if !defined(HR_DOT_U4S8)
+inline Vi dot_u4s8(Vi acc, Vb w, int32_t x) { return dot_u8s8(acc, w, x); }
+#endif
 
 // e^x within 2 units in the last place (Cephes' polynomial for expf); 0 below -87.3, saturated above 88.
 inline Vf exp(Vf x) {

@@ -136,6 +136,21 @@ def test_instruction_sets_agree_bitwise(format: Format) -> None:
     assert len(results) == 1
 
 
+@pytest.mark.parametrize("m", [1, 5, 16, 17, 31, 32, 47, 64])
+def test_tiles(m: int) -> None:
+    """Whole numbers agree with the other kernel to the bit, bfloat16 but for the order of its roundings."""
+    library = load("amx" if "amx" in HERE else "amx_soft") if {"amx", "amx_soft"} & set(HERE) else None
+    if library is None or not library.cdll.hr_amx_enable():
+        pytest.skip("no tiles here")
+    for format in (Format.I8, Format.BF16):
+        packed, weight = make(library, format, 192, 320)
+        rows = prepare_rows(library, format, inputs(m, 320), packed.k_pad)
+        by_tiles, by_lanes = (gemm(library, packed, rows, use_tiles=tiles) for tiles in (True, False))
+        if format == Format.I8:
+            assert by_tiles.tobytes() == by_lanes.tobytes()
+        assert np.all(np.abs(by_tiles - by_lanes) <= allowed(rows, weight))
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_nan_and_infinity_stay_in_their_row(library: Library, format: Format) -> None:
     packed, _ = make(library, format, 64, 128)
