@@ -17,9 +17,7 @@ _GROUP = 32  # weights that share a float16 scale, and in 4 bits a float16 minim
 def matrix_bytes(rows: int, columns: int, weight_format: WeightFormat, *, head: bool = False) -> float:
     """Of one matrix [out, in] with its scales. int4 keeps the head in 8 bits by groups, see workers/models."""
     weights = rows * columns
-    if weight_format == "int8":
-        return weights + rows * _FLOAT32
-    if weight_format == "int4" and head:
+    if weight_format == "int8" or (weight_format == "int4" and head):
         return weights * (1 + 2 / _GROUP)
     if weight_format == "int4":
         return weights * (0.5 + 4 / _GROUP)

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from bench.engine.model_bytes import Work, decode_work, matrices, matrix_bytes, prefill_work, weight_bytes
-from workers.models.quantize import quantize_channels
+from workers.models.quantize import quantize_q8
 from workers.models.random_model import write_random_model
 from workers.models.spec import DecoderSpec
 
@@ -40,8 +40,8 @@ def test_floats_are_the_tensors_that_a_step_reads(model: Path) -> None:
 
 def test_int8_is_what_the_quantizer_makes(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
-    quantized = quantize_channels(tensors["model.layers.0.mlp.down_proj.weight"])
-    assert matrix_bytes(*quantized.shape, "int8") == quantized.q.nbytes + quantized.scale.nbytes
+    quantized = quantize_q8(tensors["model.layers.0.mlp.down_proj.weight"])
+    assert matrix_bytes(*quantized.shape, "int8") == quantized.q.nbytes + quantized.d.nbytes
 
 
 @pytest.mark.parametrize(("kind", "head"), [("Q4_1", False), ("Q8_0", True)])

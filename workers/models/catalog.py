@@ -24,7 +24,7 @@ from workers.models.spec import DecoderSpec
 Say = Callable[[str], None]
 
 # Enters the key of every converted directory: raise it when a converter's output changes.
-CONVERTER_VERSION = 2
+CONVERTER_VERSION = 3
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]

@@ -1,6 +1,6 @@
 """The quantized matrices of a GGUF file as llama.cpp stored them, kept beside the dequantized ones.
 
-`gguf_blocks.safetensors` in an imported model directory holds, by Hugging Face name, the bytes of each matrix whose
+`gguf_blocks.bin` in an imported model directory holds, by Hugging Face name, the bytes of each matrix whose
 type the kernels can hold, [n, bytes of a row], rows in Hugging Face's order. Its metadata give the GGUF type of every
 matrix of the model, of those that are not kept too.
 """
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from workers.models.errors import ModelError
 from workers.models.quantized import GROUP, Q8_OFFSET, GroupedWeight
 
-FILE_NAME = "gguf_blocks.safetensors"
+FILE_NAME = "gguf_blocks.bin"
 PLAIN_TYPES = ("F32", "F16", "BF16", "F64")
 
 Bytes = NDArray[np.uint8]

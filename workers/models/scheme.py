@@ -18,12 +18,12 @@ SchemeName = Literal["none", "stored", "int8", "int4"]
 
 # Enters the fingerprint of quantized weights, and so the hashes of KV blocks: raise it when a quantizer's result or
 # the reading of a stored format changes.
-VALUES_VERSION = 1
+VALUES_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """none: floats. stored: every matrix as the checkpoint holds it. int8: a scale for each output, head too.
+    """none: floats. stored: every matrix as the checkpoint holds it. int8: a scale for each 32 inputs.
     int4: a scale and minimum for each 32 inputs; the head in 8 bits by groups of 32, because four cost it quality.
     """
 

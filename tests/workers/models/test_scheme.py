@@ -37,4 +37,4 @@ def test_fingerprints_differ_by_scheme_and_not_by_machine() -> None:
     assert prints[0] == "ab" * 32  # floats keep the model's own
     assert len(set(prints)) == 4
     # A test vector: prefixes cached under int8 are named by this.
-    assert prints[2] == "746b9ac2d36e7402ce6113e23c101afa838e9c11c065d0053e84b7101d7aaff4"
+    assert prints[2] == "280e5b3a6c5b9dddab02a102d2c0956248e174b60708478a1ff5523452f8e325"
