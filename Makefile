@@ -33,12 +33,14 @@ $(STAMP): pyproject.toml | $(PY)
 	@echo "Installing Headrace into $(VENV): a few minutes the first time (torch, ray, transformers) ..."
 	@$(PY) -m pip install --disable-pip-version-check -e .
 	@$(call compile_libraries)
+	@$(call build_kernels)
 	@touch $@
 
 $(DEVSTAMP): pyproject.toml | $(PY)
 	@echo "Installing Headrace and the tools for tests and checks into $(VENV) ..."
 	@$(PY) -m pip install --disable-pip-version-check -e '.[dev]'
 	@$(call compile_libraries)
+	@$(call build_kernels)
 	@touch $(STAMP) $@
 
 # Every process of a cluster imports these; without bytecode each start costs 10 to 20 s more.
@@ -46,6 +48,11 @@ define compile_libraries
 	echo "Compiling bytecode where it is missing ..."; \
 	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' | { \
 	  read -r site; $(PY) -m compileall -q -j 0 "$$site/ray" "$$site/torch" "$$site/transformers" >/dev/null 2>&1 || true; }
+endef
+
+# Without a compiler torch takes the place of the native kernels; the engine says so when it starts.
+define build_kernels
+	echo "Compiling the CPU kernels ..."; $(PY) -m kernels.cpu.build || true
 endef
 
 compile: | $(PY)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -53,6 +53,16 @@ class WorkerMetrics:
     def watch(self, load: Callable[[], Load], num_blocks: int) -> None:
         """Gauges that are read when somebody asks for them."""
         self.registry.register(_LoadCollector(load, num_blocks, self._values))
+
+    def engine(self, kernels: str, weights: str, kv_cache: str) -> None:
+        """What computes, on what: "torch" on a CPU says that the native kernels could not be had."""
+        info = Gauge(
+            "headrace_engine_info",
+            "1; the labels say what computes, and in which formats",
+            (*_LABELS, "kernels", "weights", "kv_cache"),
+            registry=self.registry,
+        )
+        info.labels(*self._values, kernels, weights, kv_cache).set(1)
 
     def step(self, seconds: float) -> None:
         self._step.observe(seconds)

@@ -55,6 +55,8 @@ class Worker:
             on_room=self._server.broadcast_load,
         )
         self._metrics.watch(self.serving.load, self.engine.num_blocks)
+        runner = self.engine.runner
+        self._metrics.engine(runner.kernels, runner.weights, self.engine.layout.dtype)
         if config.role == "decode":
             self._receiver = Receiver(
                 self.serving.tickets,
@@ -130,7 +132,7 @@ class Worker:
             max_model_len=engine.max_model_len,
             max_num_seqs=engine.max_num_seqs,
             vocab_size=engine.vocab_size,
-            device=str(engine.device),
+            device=f"{engine.device} ({engine.runner.kernels})",
             pid=os.getpid(),
             endpoints=self._receiver.endpoints if self._receiver is not None else [],
         )

@@ -29,6 +29,10 @@ class Runner(Protocol):
         """What computes: "torch", or the variant of the native library."""
 
     @property
+    def weights(self) -> str:
+        """Their format: a dtype, or the name of a quantization scheme."""
+
+    @property
     def kv_cache(self) -> torch.Tensor:
         """[num_blocks, ...], each block contiguous, in the layout's bytes."""
 

@@ -45,7 +45,11 @@ class NativeBackend:
             )
         torch.set_num_threads(1)  # torch computes nothing here; its threads would only be in the way
         threads = config.num_threads or len(os.sched_getaffinity(0))
-        packed = open_packed_model(model, spec, config.quantization, dtype, self._library, threads=threads)
+        # Whoever asks for float32 asks for exactness, not for four bits because the file has no more.
+        exact = config.quantization == "auto" and dtype == "float32"
+        quantization = "none" if exact else config.quantization
+        packed = open_packed_model(model, spec, quantization, dtype, self._library, threads=threads)
+        self._weights = dtype if packed.scheme == "none" else packed.scheme
         self._pool = ThreadPool(self._library, threads, config.cpus)
         self._model, self._spec, self._config = packed.model, spec, config
         self._eos_token_ids = frozenset(model.eos_token_ids)
@@ -61,7 +65,14 @@ class NativeBackend:
     def runner(self, num_blocks: int) -> NativeRunner:
         sampler = NativeSampler(self._library, self._spec.vocab_size, self._eos_token_ids)
         return NativeRunner(
-            self._library, self._pool, self._model, sampler, self.layout, num_blocks, self._config
+            self._library,
+            self._pool,
+            self._model,
+            sampler,
+            self.layout,
+            num_blocks,
+            self._config,
+            self._weights,
         )
 
 
@@ -77,8 +88,9 @@ class NativeRunner:
         layout: KvLayout,
         num_blocks: int,
         config: EngineConfig,
+        weights: str,
     ) -> None:
-        self.kernels = library.variant
+        self.kernels, self.weights = library.variant, weights
         # Untouched pages of zeros take no memory before a block is used.
         pages = np.zeros((num_blocks, layout.block_bytes), dtype=np.uint8)
         self.kv_cache = torch.from_numpy(pages)

@@ -21,6 +21,7 @@ class TorchRunner:
         self.model = model
         self.device = model.device
         self.layout = layout
+        self.weights = str(model.dtype).removeprefix("torch.")
         self._sampler = sampler
         self.kv_cache = model.new_kv_cache(num_blocks, layout.block_size)
 

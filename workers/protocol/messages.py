@@ -111,7 +111,7 @@ class WorkerInfo(Struct, frozen=True):
     max_model_len: int
     max_num_seqs: int
     vocab_size: int
-    device: str
+    device: str  # and what computes on it, e.g. "cpu (avx512_bf16)"
     pid: int
     endpoints: list[KvEndpoint] = []
 
