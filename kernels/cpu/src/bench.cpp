@@ -53,10 +53,12 @@ extern "C" {
 
 // Multiplications and additions a second of one thread, the best seen in `seconds`.
 double hr_bench_peak_bf16(double seconds) {
-  return hr::multiply_adds(seconds, 4.0, hr::zero_f(), [](hr::Vf a, hr::Vb w) { return hr::dot_bf16(a, w, 0x3f803f80u); });
+  return hr::multiply_adds(seconds, 4.0, hr::zero_f(),
+                           [](hr::Vf sum, hr::Vb w) { return hr::dot_bf16(sum, w, 0x3f803f80u); });
 }
 double hr_bench_peak_i8(double seconds) {
-  return hr::multiply_adds(seconds, 8.0, hr::zero_i(), [](hr::Vi a, hr::Vb w) { return hr::dot_u8s8(a, w, 0x01010101); });
+  return hr::multiply_adds(seconds, 8.0, hr::zero_i(),
+                           [](hr::Vi sum, hr::Vb w) { return hr::dot_u8s8(sum, w, 0x01010101); });
 }
 
 // Bytes a second that one thread reads, the best of `repeats` walks over `p`.

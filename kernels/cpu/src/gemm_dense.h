@@ -4,6 +4,8 @@
 // bfloat16 or four int8 of x, times 64 columns. A tile of R rows by S strips of 16 columns is kept in registers.
 #pragma once
 
+#include <algorithm>
+
 #include "gemm.h"
 #include "simd.h"
 
@@ -96,59 +98,90 @@ HR_INLINE void dense_steps(typename Dense<F>::Acc (&acc)[R][S], const uint8_t* w
   }
 }
 
-// Rows [row, row + R) of x times all of one panel.
+// Steps [first, end) of a panel.
+struct DenseBlock {
+  const Matrix& w;
+  const Activations& x;
+  int panel, first, end;
+};
+
+// Rows [row, row + R) of x times a block. `sums` [R][kStrips] holds what the blocks before came to.
 template <Format F, int R, int Lines>
-void dense_tile(const Matrix& w, int index, const Activations& x, int row, const uint8_t* ahead, float* out,
+void dense_tile(const DenseBlock& b, int row, const uint8_t* ahead, typename Dense<F>::Acc* sums, float* out,
                 int64_t ldc) {
   constexpr int S = tile_strips(R);
-  const size_t stride = activation_bytes(F, w.k_pad);
-  const uint8_t* x_row = static_cast<const uint8_t*>(x.data) + static_cast<size_t>(row) * stride;
+  const size_t stride = activation_bytes(F, b.w.k_pad);
+  const uint8_t* const x = static_cast<const uint8_t*>(b.x.data) + static_cast<size_t>(row) * stride + b.first * 4;
+  const uint8_t* const w = panel(b.w, b.panel) + static_cast<size_t>(b.first) * kStepBytes;
+  const bool last = static_cast<size_t>(b.end) * 4 == stride;
   for (int strip = 0; strip < kStrips; strip += S) {
     typename Dense<F>::Acc acc[R][S];
-    for (int r = 0; r < R; ++r) {
-      for (int j = 0; j < S; ++j) acc[r][j] = Dense<F>::start(x, row + r);
+    HR_UNROLL for (int r = 0; r < R; ++r) {
+      HR_UNROLL for (int j = 0; j < S; ++j) {
+        acc[r][j] = b.first == 0 ? Dense<F>::start(b.x, row + r) : sums[r * kStrips + strip + j];
+      }
     }
-    dense_steps<F, R, S, Lines>(acc, panel(w, index) + strip * 64, x_row, stride, static_cast<int>(stride / 4), ahead);
-    for (int j = 0; j < S; ++j) {
-      const int column = index * kPanel + (strip + j) * kLanes;
-      const Vf bias = w.bias ? load(w.bias + column) : zero_f();
-      for (int r = 0; r < R; ++r) {
-        store(out + r * ldc + (strip + j) * kLanes, Dense<F>::finish(acc[r][j], x, row + r, w.scale + column, bias));
+    dense_steps<F, R, S, Lines>(acc, w + strip * 64, x, stride, b.end - b.first, ahead);
+    HR_UNROLL for (int j = 0; j < S; ++j) {
+      const int column = b.panel * kPanel + (strip + j) * kLanes;
+      const Vf bias = b.w.bias ? load(b.w.bias + column) : zero_f();
+      HR_UNROLL for (int r = 0; r < R; ++r) {
+        if (last) {
+          const Vf y = Dense<F>::finish(acc[r][j], b.x, row + r, b.w.scale + column, bias);
+          store(out + r * ldc + (strip + j) * kLanes, y);
+        } else {
+          sums[r * kStrips + strip + j] = acc[r][j];
+        }
       }
     }
   }
 }
 
 template <Format F, int Lines, int R = kRows>
-HR_INLINE void dense_tile_of(int rows, const Matrix& w, int index, const Activations& x, int row, const uint8_t* ahead,
-                             float* out, int64_t ldc) {
-  if (rows == R) return dense_tile<F, R, Lines>(w, index, x, row, ahead, out, ldc);
-  if constexpr (R > 1) dense_tile_of<F, Lines, R - 1>(rows, w, index, x, row, ahead, out, ldc);
+HR_INLINE void dense_tile_of(int rows, const DenseBlock& b, int row, const uint8_t* ahead,
+                             typename Dense<F>::Acc* sums, float* out, int64_t ldc) {
+  if (rows == R) return dense_tile<F, R, Lines>(b, row, ahead, sums, out, ldc);
+  if constexpr (R > 1) dense_tile_of<F, Lines, R - 1>(rows, b, row, ahead, sums, out, ldc);
 }
 
-// A panel's first reader waits for memory and the other tiles do not, so these fetch the next panel: callers walk panels
-// in order.
+// All tiles of rows for one block. The first one waits for memory and the others do not, so these fetch the next block,
+// all of them a part: callers walk panels in order, and the next block may be the next panel's.
 template <Format F>
-void gemm_dense(const Matrix& w, int index, const Activations& x, int m0, int m1, float* out, int64_t ldc) {
-  const uint8_t* const here = panel(w, index);
-  const size_t bytes = panel_bytes(F, w.k_pad);
-  const uint8_t* ahead = here + 4096;
-  if (m1 - m0 <= kRows) return dense_tile_of<F, 4>(m1 - m0, w, index, x, m0, ahead, out, ldc);
-  ahead = here + bytes;
+void dense_block(const DenseBlock& b, int m0, int m1, typename Dense<F>::Acc* sums, float* out, int64_t ldc) {
+  const size_t bytes = static_cast<size_t>(b.end - b.first) * kStepBytes;
+  const uint8_t* ahead = panel(b.w, b.panel) + static_cast<size_t>(b.end) * kStepBytes;
   const uint8_t* const end = ahead + bytes;
   const bool few = tiles(m1 - m0) <= 3;
   for (int row = m0, rows; row < m1; row += rows) {
     rows = tile_rows(m1 - row);
     float* const to = out + (row - m0) * ldc;
+    typename Dense<F>::Acc* const so_far = sums + (row - m0) * kStrips;
     if (ahead >= end) {
-      dense_tile_of<F, 0>(rows, w, index, x, row, ahead, to, ldc);
+      dense_tile_of<F, 0>(rows, b, row, ahead, so_far, to, ldc);
     } else if (few) {
-      dense_tile_of<F, 2>(rows, w, index, x, row, ahead, to, ldc);
+      dense_tile_of<F, 2>(rows, b, row, ahead, so_far, to, ldc);
       ahead += bytes / 2;
     } else {
-      dense_tile_of<F, 1>(rows, w, index, x, row, ahead, to, ldc);
+      dense_tile_of<F, 1>(rows, b, row, ahead, so_far, to, ldc);
       ahead += bytes / 4;
     }
+  }
+}
+
+// At most kTileRows rows.
+template <Format F>
+void gemm_dense(const Matrix& w, int index, const Activations& x, int m0, int m1, float* out, int64_t ldc) {
+  constexpr size_t kAhead = 4096;  // bytes
+  const int steps = static_cast<int>(activation_bytes(F, w.k_pad) / 4);
+  alignas(64) typename Dense<F>::Acc sums[kTileRows * kStrips];
+  if (m1 - m0 <= kRows) {
+    return dense_tile_of<F, 4>(m1 - m0, {w, x, index, 0, steps}, m0, panel(w, index) + kAhead, sums, out, ldc);
+  }
+  // Two or three tiles compute no longer than the panel takes to arrive: in small blocks the one hides the other, for a
+  // way out of the registers and back. More tiles have time to spare, but two blocks must fit the L2 cache.
+  const int size = tiles(m1 - m0) == 2 ? 32 : tiles(m1 - m0) == 3 ? 64 : 512;
+  for (int first = 0; first < steps; first += size) {
+    dense_block<F>({w, x, index, first, std::min(steps, first + size)}, m0, m1, sums, out, ldc);
   }
 }
 

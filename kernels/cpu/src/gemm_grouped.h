@@ -122,9 +122,10 @@ template <Format F>
 void group_blocks(const uint8_t* panel, const Activations& x, int m0, int m1, float* sums) {
   const int groups = x.k_pad / kGroup;
   const int passes = tiles(m1 - m0) * kStrips / group_strips(tile_rows(m1 - m0));
-  // One tile of rows: about 8 KiB, so that the second half of the strips finds them, and the next block, in the L1 cache.
-  // More rows: enough to hide the way in and out of the tiles.
-  const int size = m1 - m0 > kRows ? 16 : F == Format::Q4 ? 8 : 4;
+  // One tile of rows: so few that the second half of the strips finds them, and the next block, in the L1 cache. More
+  // rows: enough to hide the way in and out of the tiles.
+  const int even = std::max(1, (groups + 8) / 16);
+  const int size = m1 - m0 > kRows ? (groups + even - 1) / even : 8;
   GroupBlock block;
   block.ahead_lines = (Group<F>::kBytes / 64 + passes - 1) / passes;
   for (block.first = 0; block.first < groups; block.first = block.end) {

@@ -48,7 +48,7 @@ void convert_bf16(const Row& row, int k_pad, uint16_t* out) {
   for (int i = 0; i < k_pad; i += kLanes) store_bf16(out + i, row.at(i));
 }
 
-// Inputs [begin, end) with one scale. A NaN or an infinity makes the scale NaN, so that every output of the row says so.
+// Inputs [begin, end) with one scale. A NaN or an infinity makes the scale NaN: every output of the row will say so.
 void quantize(const Row& row, int begin, int end, int8_t* out, float* scale, float* sum) {
   Vf largest = zero_f(), poison = zero_f();
   for (int i = begin; i < end; i += kLanes) {

@@ -87,6 +87,7 @@ def test_products(library: Library, format: Format) -> None:
             (33, 100, 224),
             (70, 192, 128),
             (5, 64, 1536),
+            (64, 64, 2112),
         ]
     ):
         bias = inputs(1, n, seed)[0] if seed % 2 else None
@@ -119,6 +120,19 @@ def test_a_row_does_not_depend_on_its_batch(library: Library, format: Format, ti
         for first in {0, m % 7, 140 - m}:
             together = gemm(library, packed, rows, first=first, end=first + m, use_tiles=tiles)
             assert together.tobytes() == alone[first : first + m].tobytes(), (m, first)
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+@pytest.mark.parametrize("format", FORMATS)
+def test_deep_rows_do_not_depend_on_their_batch(library: Library, format: Format, tiles: bool) -> None:
+    """Deep enough for several blocks of k, whatever their size at a number of rows."""
+    packed, _ = make(library, format, 64, 2112)
+    rows = prepare_rows(library, format, inputs(64, 2112), packed.k_pad)
+    whole = gemm(library, packed, rows, use_tiles=tiles)
+    for m in (1, 2, 3, 5, 6, 7, 12, 13, 18, 19, 31, 33, 63):
+        for first in (0, 64 - m):
+            part = gemm(library, packed, rows, first=first, end=first + m, use_tiles=tiles)
+            assert part.tobytes() == whole[first : first + m].tobytes(), (m, first)
 
 
 @pytest.mark.parametrize("format", [Format.F32, Format.I8, Format.Q8, Format.Q4])
