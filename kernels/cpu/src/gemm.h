@@ -11,8 +11,8 @@ namespace hr {
 constexpr int kTileRows = 64;  // the most rows that a caller should pass at once: 64 x 64 floats stay in L1
 
 // Rows [m0, m1) of `x` times one panel of `w`: out[(i - m0) * ldc + j], j in [0, 64), i in [m0, m1). Overwrites.
-// The bias is added. `use_tiles`: AMX may be used (where the variant has it; ignored elsewhere); one value for all calls,
-// since bfloat16's roundings differ. Walk panels in order: the kernels read ahead into the next one (past the last one
+// The bias is added. `use_tiles`: AMX may be used (ignored where the variant has none); one value for all calls, since
+// bfloat16's roundings differ. Walk panels in order: the kernels read ahead into the next one (past the last one
 // too, which is no more than a hint to the processor). Rows or panels may be the outer loop, the speed is the same.
 void gemm_panel(const Matrix& w, int panel, const Activations& x, int m0, int m1, float* out, int64_t ldc,
                 bool use_tiles);
