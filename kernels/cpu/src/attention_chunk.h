@@ -53,10 +53,12 @@ class ChunkReader {
         }
       }
       const int stop = std::min(c.end, t + kv_.block_size - offset);
-      for (; t < stop; ++t, ++offset) {
-        c.keys[t] = keys + row_bytes_ * static_cast<size_t>(offset);
-        c.values[t] = c.keys[t] + to_values_;
-        if constexpr (Kv::kScaled) c.scales[t] = scales + 4 * offset;
+      keys += row_bytes_ * static_cast<size_t>(offset);
+      scales += 4 * offset;
+      for (; t < stop; ++t, keys += row_bytes_, scales += 4) {
+        c.keys[t] = keys;
+        c.values[t] = keys + to_values_;
+        if constexpr (Kv::kScaled) c.scales[t] = scales;
       }
     }
     for (int t = c.end; t < c.padded; ++t) c.keys[t] = c.values[t] = c.scales[t] = kNothing;

@@ -42,6 +42,7 @@ struct FloatKv {
   using Sum = Vf;
   using Units = Vf;                       // 16 units
   static constexpr int kUnit = 1;         // values of a unit
+  static constexpr int kLineUnits = 1;    // units of a key for each 64 bytes of 16 tokens
   static constexpr bool kScaled = false;  // whether tokens have scales
   static constexpr int kExpDegree = 6;    // of the polynomial of 2^x that the probabilities deserve
 
@@ -81,6 +82,7 @@ struct Bf16Kv {
   using Sum = Vf;
   using Units = Vb;
   static constexpr int kUnit = 2;
+  static constexpr int kLineUnits = 1;
   static constexpr bool kScaled = false;
   static constexpr int kExpDegree = 4;
 
@@ -110,6 +112,7 @@ struct Int8Kv {
   using Sum = Vi;
   using Units = Vb;
   static constexpr int kUnit = 2;
+  static constexpr int kLineUnits = 2;
   static constexpr bool kScaled = true;
   static constexpr int kExpDegree = 5;
   // |sum| <= 256 terms * 127 * 32767 < 2^31, for head_dim and for the tokens of a chunk alike.

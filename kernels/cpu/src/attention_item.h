@@ -114,20 +114,20 @@ class Item {
       return next && at < 4 * panels ? *next->panel(std::min(at - 2 * panels, next->panels())) : kNothing;
     };
     reader_.read_scales(c, s_.key_scales, s_.value_scales);
+    const uint8_t* ahead[kKeyChunk / kPanelTokens];
     for (int i = 0; i < panels; i += kStretch) {
       const int n = std::min(kStretch, panels - i), t = c.first + i * kPanelTokens;
       for (int j = 0; j < n; ++j) {
-        reader_.fetch(later(i + j));
+        ahead[j] = later(i + j);
         Kv::pack_keys(c.panel(i + j), dim_, s_.keys + static_cast<size_t>(j * kPanelTokens) * s_.query_bytes);
       }
-      score(0, rows_, t, t + n * kPanelTokens, s_.keys);
+      score(0, rows_, t, t + n * kPanelTokens, KeyColumns<Kv>{packed_keys(0), {ahead, n}});
     }
     RowUpdate updates[kDirectRows];
-    probabilities(c, 0, rows_, c.first, c.padded, states, updates);
-    const uint8_t* ahead[kKeyChunk / kPanelTokens];
+    weigh(c, 0, rows_, c.first, c.padded, states, updates);
     for (int i = 0; i < panels; ++i) ahead[i] = later(panels + i);
-    add_values(0, rows_, c.first, c.padded, ValueColumns<Kv>{c.values + c.first, ahead, reader_.row_bytes()}, states,
-               updates);
+    add_values(0, rows_, c.first, c.padded, ValueColumns<Kv>{c.values + c.first, reader_.row_bytes(), {ahead, panels}},
+               states, updates);
   }
 
   void many_rows(const Chunk& c, float* states) {
@@ -147,32 +147,52 @@ class Item {
       const int end = std::min(c.end, end_key(row + rows - 1) - c.start);
       const int padded = (end + kLanes - 1) / kLanes * kLanes;
       if (first >= padded) continue;
-      score(row, rows, first, padded, s_.keys + static_cast<size_t>(first) * s_.query_bytes);
+      score(row, rows, first, padded, packed_keys(first));
       RowUpdate updates[kBlockRows];
-      probabilities(c, row, rows, first, padded, states, updates);
+      weigh(c, row, rows, first, padded, states, updates);
       const uint8_t* values = s_.values + static_cast<size_t>(first) * s_.query_bytes;
       add_values(row, rows, first, padded, PackedColumns<Kv>{values, static_cast<size_t>(dim_) * 4, 64}, states,
                  updates);
     }
   }
 
-  // Scores of rows [row, row + rows) and tokens [t0, t1), whose packed keys are at `keys`.
-  void score(int row, int rows, int t0, int t1, const uint8_t* keys) {
-    const ProductRows queries{s_.queries + static_cast<size_t>(row) * s_.query_bytes, s_.query_bytes, dim_ / Kv::kUnit};
-    product<Kv>(queries, rows, PackedColumns<Kv>{keys, 64, kPanelTokens * s_.query_bytes}, (t1 - t0) / kLanes,
-                [&](int r, int panel, Vf value) {
-                  float* scores = reinterpret_cast<float*>(s_.scores + static_cast<size_t>(r) * kScoreBytes);
-                  store(scores + t0 + panel * kLanes, value);
-                });
+  PackedColumns<Kv> packed_keys(int token) const {
+    return {s_.keys + static_cast<size_t>(token) * s_.query_bytes, 64, kPanelTokens * s_.query_bytes};
   }
 
-  void probabilities(const Chunk& c, int row, int rows, int t0, int t1, float* states, RowUpdate* updates) {
+  // Scores of rows [row, row + rows) and tokens [t0, t1), which begin at `keys`.
+  template <class Columns>
+  void score(int row, int rows, int t0, int t1, const Columns& keys) {
+    const ProductRows queries{s_.queries + static_cast<size_t>(row) * s_.query_bytes, s_.query_bytes, dim_ / Kv::kUnit};
+    product<Kv>(queries, rows, keys, (t1 - t0) / kLanes, [&](int r, int panel, Vf value) {
+      float* scores = reinterpret_cast<float*>(s_.scores + static_cast<size_t>(r) * kScoreBytes);
+      store(scores + t0 + panel * kLanes, value);
+    });
+  }
+
+  // Scores of rows [row, row + rows) and tokens [t0, t1) into probabilities; the rows' running state moves on. All rows
+  // step by step, because one row alone is a chain of instructions that wait for each other.
+  void weigh(const Chunk& c, int row, int rows, int t0, int t1, float* states, RowUpdate* updates) {
+    ScoreRow scores[kBlockRows];
+    float highest[kBlockRows];
     for (int r = 0; r < rows; ++r) {
       const int first = std::max(first_key(row + r) - c.start, t0), end = std::min(end_key(row + r) - c.start, c.end);
-      float* sums = state(states, row + r);
-      updates[r] = softmax_row<Kv>(s_.scores + static_cast<size_t>(r) * kScoreBytes, t0, t1, first, end,
-                                   s_.query_scales[row + r], s_.key_scales, s_.value_scales, sums[dim_],
-                                   sums[dim_ + 1]);
+      scores[r] = {s_.scores + static_cast<size_t>(r) * kScoreBytes, t0, t1, first, end, s_.query_scales[row + r]};
+      if (!scores[r].sees_nothing()) highest[r] = highest_score<Kv>(scores[r], s_.key_scales);
+    }
+    for (int r = 0; r < rows; ++r) {
+      if (scores[r].sees_nothing()) {
+        no_probabilities<Kv>(scores[r]);
+        updates[r] = {1.0f, 0.0f};
+        continue;
+      }
+      float& of_state = state(states, row + r)[dim_];
+      highest[r] = of_state > highest[r] ? of_state : highest[r];
+      updates[r].keep = exp2_scalar(of_state - highest[r]);
+      of_state = highest[r];
+      float& total = state(states, row + r)[dim_ + 1];
+      const float sum = probabilities<Kv>(scores[r], highest[r], s_.value_scales, updates[r].factor);
+      total = total * updates[r].keep + sum;
     }
   }
 

@@ -28,6 +28,13 @@ struct ProductRows {
   int units;
 };
 
+// Panels of the cache that are wanted later: fetched a little at each step of a product, so that memory and
+// multiplication are busy at the same time.
+struct Ahead {
+  const uint8_t* const* panels = nullptr;  // where each begins
+  int count = 0;
+};
+
 // Packed keys or values: unit u of vector n at data + u * unit_stride + n * vector_stride.
 template <class Kv>
 struct PackedColumns {
@@ -42,24 +49,40 @@ struct PackedColumns {
   PackedColumns again() const { return *this; }
 };
 
-// Values where the cache has them, for so few rows that packing would not pay. While a panel of tokens is read, a panel
-// that is wanted later is fetched into the cache.
+// Packed keys, while whose panels are read as many others are fetched.
+template <class Kv>
+struct KeyColumns {
+  PackedColumns<Kv> keys;
+  Ahead ahead;
+
+  template <int Vectors>
+  void read(int unit, int vector, typename Kv::Units* w) const {
+    // A panel of bfloat16 or float has as many cache lines as a key has units, one of int8 has half as many.
+    constexpr int kSteps = Kv::kLineUnits;
+    for (int i = unit % kSteps; i < ahead.count; i += kSteps) prefetch(ahead.panels[i] + unit / kSteps * 64);
+    keys.template read<Vectors>(unit, vector, w);
+  }
+  KeyColumns again() const { return {keys, {}}; }  // for a second reading
+};
+
+// Values where the cache has them, for so few rows that packing would not pay. While a panel is read, one that is
+// wanted later is fetched.
 template <class Kv>
 struct ValueColumns {
   const uint8_t* const* rows;
-  const uint8_t* const* ahead;  // [panels] what to fetch, or null
   size_t row_bytes;
+  Ahead ahead;
 
   template <int Vectors>
   void read(int unit, int vector, typename Kv::Units* w) const {
     const int token = unit * Kv::kUnit;
-    if (ahead) {
-      const uint8_t* later = ahead[token / kPanelTokens] + static_cast<size_t>(token % kPanelTokens) * row_bytes;
+    if (ahead.count) {
+      const uint8_t* later = ahead.panels[token / kPanelTokens] + static_cast<size_t>(token % kPanelTokens) * row_bytes;
       for (size_t b = 0; b < Kv::kUnit * row_bytes; b += 64) prefetch(later + b);
     }
     Kv::value_units(rows + token, vector * kLanes, Vectors, w);
   }
-  ValueColumns again() const { return {rows, nullptr, row_bytes}; }  // for a second reading
+  ValueColumns again() const { return {rows, row_bytes, {}}; }
 };
 
 template <class Kv, int Rows, int Vectors, class Columns, class Take>
