@@ -11,7 +11,7 @@
 
 namespace hr {
 
-constexpr int kItemRows = 128;   // query rows times heads of an item: they share the packing of a chunk
+constexpr int kItemRows = 192;   // query rows times heads of an item: they share the packing of a chunk
 constexpr int kBlockRows = 24;   // of these, scored at a time: their scores stay in the first-level cache
 constexpr int kDirectRows = 12;  // at most so many rows are worked off without packing values
 constexpr int kStretch = 4;      // panels of keys that are packed at a time for few rows
