@@ -13,6 +13,7 @@ from kernels.cpu.decoder import CpuDecoder, PackedModel, StepArrays, ThreadPool,
 from kernels.cpu.library import Library, load
 from kernels.cpu.structures import KvType
 from workers.config import EngineConfig
+from workers.engine.huge_pages import huge_zeros
 from workers.engine.native_sampler import NativeSampler
 from workers.engine.plan import Sampled
 from workers.engine.step_input import StepInput
@@ -91,8 +92,7 @@ class NativeRunner:
         weights: str,
     ) -> None:
         self.kernels, self.weights = library.variant, weights
-        # Untouched pages of zeros take no memory before a block is used.
-        pages = np.zeros((num_blocks, layout.block_bytes), dtype=np.uint8)
+        pages = huge_zeros(num_blocks * layout.block_bytes).reshape(num_blocks, layout.block_bytes)
         self.kv_cache = torch.from_numpy(pages)
         kv = kv_struct(
             pages.ctypes.data,
