@@ -24,7 +24,7 @@ from kernels.cpu.structures import (
     Step,
 )
 
-SPIN = 4000  # pauses before a waiting thread sleeps: 40 to 100 us, longer than a stage of a step
+SPIN = 1500  # pauses before a waiting thread sleeps: 40 to 100 us, longer than a stage of a step
 
 STAGES = ("embed", "qkv", "attention", "output", "gate_up", "down", "head")
 
