@@ -28,7 +28,7 @@ class NativeSampler:
         self._sample = RowSampler(library, vocab_size)
         self._eos_token_ids = eos_token_ids
         self._vocab_size = vocab_size
-        self._records: list[bytes] = []
+        self._memos: list[Memo] = []  # also keeps alive what the structs point to
         self._params = np.empty(0, PARAMS)
         self._num_top = -1
         self._kept: list[array[int]] = []  # arrays that the step's structs point to
@@ -46,10 +46,11 @@ class NativeSampler:
     def prepare(self, inputs: Sequence[SampleInput]) -> np.ndarray:
         """[len(inputs)] of PARAMS, valid until the next call."""
         memos = [given.request.sampler_memo or self._remember(given.request) for given in inputs]
-        records = [memo.record for memo in memos]
-        if records != self._records:  # the same objects in most steps, so this compares addresses
-            self._records = records
-            self._params = np.frombuffer(bytearray().join(records), PARAMS)
+        # Equal bytes would not do: an array of a new request may lie where one of an ended request lay, whose row
+        # holds what `_move` wrote.
+        if memos != self._memos:  # the same objects in most steps, so this compares addresses
+            self._memos = memos
+            self._params = np.frombuffer(bytearray().join([memo.record for memo in memos]), PARAMS)
             self._num_top = int(self._params["num_top_logprobs"].max(initial=-1))
         self._kept.clear()
         drawing = []

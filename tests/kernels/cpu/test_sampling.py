@@ -17,7 +17,7 @@ import torch
 
 from kernels.cpu.build import VARIANTS, runs_here
 from kernels.cpu.library import Library, load
-from workers.engine.native_sampler import NativeSampler
+from workers.engine.native_sampler import Memo, NativeSampler
 from workers.engine.plan import NOT_A_NUMBER, Sampled
 from workers.engine.request import Request
 from workers.engine.sampler import SampleInput, Sampler
@@ -187,3 +187,16 @@ def test_rows_of_a_batch_change_from_call_to_call(library: Library) -> None:
         for request, ours, theirs in zip(chosen, sampler(logits, inputs), expected, strict=True):
             assert ours.token == theirs.token
             request.append(ours.token, frozenset())
+
+
+def test_a_new_request_with_the_bytes_of_an_ended_one_takes_nothing_over(library: Library) -> None:
+    """Its arrays may lie where those of the ended request lay."""
+    sampler, end = NativeSampler(library, 20, _EOS), min(_EOS)
+    logits = torch.zeros(1, 20)
+    logits[0, end] = 5.0
+    [ended] = _inputs(1, temperature=0.0, min_tokens=3)
+    assert sampler(logits.clone(), [ended])[0].token != end
+    [new] = _inputs(1, temperature=0.0)
+    new.request.sampler_memo = Memo(new.request, _EOS, 20)
+    new.request.sampler_memo.record = ended.request.sampler_memo.record
+    assert sampler(logits.clone(), [new])[0].token == end
