@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ByteSize, Field, ValidationError, model_validator
 
 from cluster.config_errors import ConfigError, explain
 from cluster.config_source import Source, merge_overrides, read_source
 from router.config import RouterConfig
-from workers.config import EngineConfig, Section, TransferConfig
+from workers.config import EngineConfig, Section, SpeculationConfig, TransferConfig
 from workers.protocol.messages import Role
 
 __all__ = ["ClusterConfig", "ConfigError", "PoolConfig", "load_config"]
@@ -56,8 +56,27 @@ class ModelConfig(Section):
     )
 
 
+class SpeculationOverrides(SpeculationConfig):
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        return self
+
+
 class EngineOverrides(EngineConfig):
-    """Engine settings of one pool. Only the fields that were named count; the others come from `engine`."""
+    """Engine settings of one pool. Only the fields that were named count; the others come from `engine`.
+
+    Rules between fields are those of the whole, see `ClusterConfig.pool_engine`.
+    """
+
+    speculation: SpeculationOverrides = SpeculationOverrides()
+
+    @model_validator(mode="after")
+    def _a_core_for_each(self) -> Self:
+        return self
+
+    @model_validator(mode="after")
+    def _a_token_for_each(self) -> Self:
+        return self
 
 
 class PoolConfig(Section):
@@ -180,10 +199,16 @@ class ClusterConfig(Section):
         return self.pools.prefill if role == "prefill" else self.pools.decode
 
     def pool_engine(self, role: Role) -> EngineConfig:
-        """Engine settings of a pool: `engine` with the fields its pool names put over it."""
-        overrides = self.pool(role).engine
-        fields = self.engine.model_dump() | overrides.model_dump(include=overrides.model_fields_set)
-        return EngineConfig.model_validate(fields)
+        """Engine settings of a pool: `engine` with the fields its pool names put over it. Raises ValueError."""
+        fields, named = self.engine.model_dump(), self.pool(role).engine.model_dump(exclude_unset=True)
+        speculation = fields["speculation"] | named.pop("speculation", {})
+        try:
+            return EngineConfig.model_validate(fields | named | {"speculation": speculation})
+        except ValidationError as error:
+            mistakes = [m.get("ctx", {}).get("error", m["msg"]) for m in error.errors(include_url=False)]
+            raise ValueError(
+                f"pools.{role}.engine, put over engine: {'; '.join(map(str, mistakes))}"
+            ) from None
 
     @model_validator(mode="after")
     def _parts_agree(self) -> ClusterConfig:

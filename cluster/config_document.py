@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ByteSize
 from pydantic.fields import FieldInfo
 
-from cluster.config import ClusterConfig, EngineOverrides
+from cluster.config import ClusterConfig, EngineOverrides, SpeculationOverrides
 
 _MASK = '"********"'
 _UNITS = (("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024))
@@ -52,13 +53,15 @@ def _section(model: BaseModel, depth: int, with_comments: bool) -> list[str]:
 def _scalar(value: Any, field: FieldInfo | None = None) -> str:
     if field is not None and field.repr is False and value:
         return _MASK
-    if isinstance(value, EngineOverrides):
+    if isinstance(value, (EngineOverrides, SpeculationOverrides)):
         named = {name: getattr(value, name) for name in sorted(value.model_fields_set)}
         return "{" + ", ".join(f"{name}: {_scalar(inner)}" for name, inner in named.items()) + "}"
     if isinstance(value, ByteSize):
         return next((f"{value // size}{unit}" for unit, size in _UNITS if value % size == 0), str(int(value)))
     if isinstance(value, list):
         return "[" + ", ".join(_scalar(inner) for inner in value) + "]"
+    if isinstance(value, Path):
+        value = str(value)
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() else repr(value)
     if isinstance(value, str) and _PLAIN.fullmatch(value) and yaml.safe_load(value) == value:

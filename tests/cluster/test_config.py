@@ -59,6 +59,31 @@ def test_a_pool_overrides_only_what_it_names() -> None:
     assert config.pool_engine("decode").dtype == "float32"
 
 
+def test_a_pool_overrides_parts_of_a_section_and_of_a_rule() -> None:
+    config = load_config(
+        None,
+        {
+            "engine.speculation.method": "ngram",
+            "engine.max_num_batched_tokens": 2048,
+            "engine.num_threads": 2,
+            "pools.decode.engine.speculation.max_tokens": 2,
+            "pools.decode.engine.max_num_seqs": 1000,
+            "pools.decode.engine.cpus": [2, 3],
+        },
+    )
+    decode = config.pool_engine("decode")
+    assert (decode.speculation.method, decode.speculation.max_tokens) == ("ngram", 2)
+    assert (decode.max_num_seqs, decode.max_num_batched_tokens, decode.cpus) == (1000, 2048, [2, 3])
+    assert config.pool_engine("prefill") == config.engine
+
+
+def test_a_rule_broken_by_a_pool_names_it() -> None:
+    [mistake] = mistakes(engine__max_num_seqs=256, pools__decode__engine__max_num_batched_tokens=128)
+    assert mistake.startswith("pools.decode.engine, put over engine: max_num_batched_tokens (128) must be")
+    [mistake] = mistakes(pools__decode__engine__cpus=[0, 1])
+    assert mistake.startswith("pools.decode.engine, put over engine: cpus lists 2 cores, num_threads is None")
+
+
 def test_a_pool_can_take_a_value_back_to_null() -> None:
     config = load_config(None, {"engine.num_blocks": 64, "pools.decode.engine.num_blocks": None})
     assert config.pool_engine("prefill").num_blocks == 64

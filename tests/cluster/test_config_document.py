@@ -49,6 +49,8 @@ def test_the_other_files_of_deploy_are_configurations() -> None:
         {"model.served_name": "null", "worker.host": "::1", "engine.kv_cache_memory": 1_000_001},
         {"supervisor.backoff_max_s": 1e6, "worker.timeout_s": 2.25, "transfer.channels": ["tcp"]},
         {"pools.decode.engine": {"max_num_seqs": 7, "num_blocks": None, "kv_cache_memory": "3MiB"}},
+        {"engine.speculation.method": "draft", "engine.speculation.draft_model": "/models/small one"},
+        {"pools.decode.engine": {"speculation": {"method": "ngram", "max_tokens": 2}, "max_num_seqs": 7}},
     ],
 )
 def test_what_is_printed_can_be_read_back(tmp_path: Path, overrides: dict[str, Any]) -> None:
