@@ -20,6 +20,7 @@ from kernels.cpu.layout import DEPTH, PANEL, round_up
 from kernels.cpu.library import Library
 from kernels.cpu.structures import Format
 from workers.models.cache import made_once
+from workers.models.errors import ModelError
 from workers.models.packed_file import DamagedFile, Memory, PackedFile, PackedFileWriter, open_packed
 from workers.models.quantized import Q8_OFFSET, ChannelWeight, GroupedWeight
 from workers.models.weight_source import Matrix
@@ -101,7 +102,12 @@ def load_packed(
             shutil.rmtree(target, ignore_errors=True)
     made_once(target, make, say)
     _remove_older(target, key)
-    return open_packed(target / _FILE_NAME, memory, key=key.name)
+    try:
+        return open_packed(target / _FILE_NAME, memory, key=key.name)
+    except (DamagedFile, OSError) as error:
+        raise ModelError(
+            f"packed weights cannot be read: {error}. Remove {target}, or set HEADRACE_CACHE to another directory"
+        ) from error
 
 
 def _remove_older(target: Path, key: PackKey) -> None:

@@ -15,6 +15,7 @@ from kernels.cpu.decoder import PackedMatrix
 from kernels.cpu.library import Library, load
 from kernels.cpu.structures import Format
 from workers.models import packed_weights
+from workers.models.errors import ModelError
 from workers.models.packed_file import DamagedFile, PackedFile, PackedFileWriter, open_packed
 from workers.models.packed_weights import PackKey, ToPack, load_packed, pack_matrix
 from workers.models.quantize import quantize_channels, quantize_q4, quantize_q8
@@ -165,6 +166,17 @@ def test_a_damaged_file_is_made_anew(library: Library, tmp_path: Path, kind: str
     said: list[str] = []
     assert same(first, load_packed(tmp_path, KEY, entries, library, say=said.append))
     assert "made anew" in said[0]
+
+
+def test_a_damaged_file_that_cannot_be_removed_is_said(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache that belongs to somebody else, say."""
+    load_packed(tmp_path, KEY, entries, library)
+    damage(tmp_path / "packed" / KEY.name / "weights.bin", "cut")
+    monkeypatch.setattr(packed_weights.shutil, "rmtree", lambda path, ignore_errors: None)
+    with pytest.raises(ModelError, match=r"cannot be read: .*Remove .*HEADRACE_CACHE"):
+        load_packed(tmp_path, KEY, entries, library)
 
 
 def test_flipped_weights_are_found_when_asked(library: Library, tmp_path: Path) -> None:
