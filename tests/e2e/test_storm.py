@@ -38,7 +38,7 @@ async def test_a_third_of_the_requests_is_cancelled(tiny_model: Path, channel: s
     prompts = [prompt or [5] for prompt in prompts]
     lengths = [rng.randrange(1, 24) for _ in range(REQUESTS)]
     expected = reference(tiny_model, prompts, lengths)
-    leaves_after_s = [rng.expovariate(1 / 0.15) if rng.random() < 1 / 3 else None for _ in range(REQUESTS)]
+    leaves_after_s = [rng.expovariate(1 / 0.04) if rng.random() < 1 / 3 else None for _ in range(REQUESTS)]
 
     async with LocalCluster(
         tiny_model,

@@ -355,13 +355,14 @@ def test_bad_peers_do_not_disturb_others(start: Start) -> None:
 
 def test_the_same_request_twice_is_refused_and_the_first_goes_on(start: Start) -> None:
     client = Client(start().info.address)
-    w = work(max_tokens=50)
+    count = 400
+    w = work(max_tokens=count)
     client.send(local(w))
     client.next(Accepted)
     client.send(local(w))
     tokens = 0
     failed = None
-    while tokens < 50 or failed is None:
+    while tokens < count or failed is None:
         message = client.next(Failed, Tokens)
         if isinstance(message, Failed):
             failed = message

@@ -177,6 +177,16 @@ def test_scores_far_apart(library: Library, type: KvType) -> None:
 
 
 @pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-28, 1e-14])
+def test_a_query_of_zeros_sees_its_own_context_alike(library: Library, type: KvType, size: float) -> None:
+    """All that it may see, and nothing behind it."""
+    case = make(library, type, [(300, 40), (21, 1), (33, 33)], 4, 2, 64, 16)
+    zeros = replace(case, q=(case.q * size).bfloat16().float())
+    zeros.check(library)
+    zeros.check(library, window=20)
+
+
+@pytest.mark.parametrize("type", TYPES)
 def test_stale_slots_do_not_matter(library: Library, type: KvType) -> None:
     """What a block held before: not even NaN behind the context may be seen."""
     case = make(library, type, [(21, 1), (37, 9)], 3, 1, 64, 16)

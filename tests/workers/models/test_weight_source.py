@@ -17,8 +17,8 @@ from workers.models.catalog import prepare_model
 from workers.models.checkpoint import read_json
 from workers.models.errors import ModelError
 from workers.models.gguf_blocks import GgufBlocks
-from workers.models.quantize import quantize_channels, quantize_q4, quantize_q8
-from workers.models.quantized import ChannelWeight, GroupedWeight
+from workers.models.quantize import quantize_q4, quantize_q8
+from workers.models.quantized import GroupedWeight
 from workers.models.random_model import write_random_model
 from workers.models.scheme import Scheme
 from workers.models.spec import DecoderSpec
@@ -56,7 +56,7 @@ def test_floats_are_quantized_as_the_scheme_says(tmp_path: Path, tied: bool) -> 
     for name, matrix, head_matrix in (
         ("none", gate_up, head),
         ("stored", gate_up, head),
-        ("int8", quantize_channels(gate_up), quantize_channels(head)),
+        ("int8", quantize_q8(gate_up), quantize_q8(head)),
         ("int4", quantize_q4(gate_up), quantize_q8(head)),
     ):
         layer = last_layer(model, name)
@@ -94,8 +94,7 @@ def test_gguf_types_that_kernels_do_not_hold_become_eight_bits(tmp_path: Path) -
 def test_int8_of_a_gguf_is_of_its_float_tensors(tmp_path: Path) -> None:
     path = imported(tmp_path, GGMLQuantizationType.Q4_1)
     down = last_layer(path, "int8").down
-    assert isinstance(down, ChannelWeight)
-    assert same(down, quantize_channels(load_file(path / "model.safetensors")[DOWN]))
+    assert same(down, quantize_q8(load_file(path / "model.safetensors")[DOWN]))
 
 
 def test_fused_parts_of_different_types_become_eight_bits(tmp_path: Path) -> None:
