@@ -8,6 +8,7 @@
 // keep 15 bits (bfloat16 has 8), and the sums are exact, so that no order of summation matters.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -128,8 +129,9 @@ struct Int8Kv {
   static float pack_query(const float* q, int head_dim, uint8_t* out) {
     Vf most = zero_f();
     for (int d = 0; d < head_dim; d += kLanes) most = max(most, abs(load(q + d)));
-    const float largest = reduce_max(most);
-    const float inverse = largest > 1e-30f ? kRange / largest : 0.0f;
+    // Not a scale of 0 for a query of zeros: hidden tokens are told by scores that are far below all others once scaled.
+    const float largest = std::max(reduce_max(most), 1e-12f);  // NaN stays NaN
+    const float inverse = largest >= 1e-12f ? kRange / largest : 0.0f;
     int16_t values[kLanes];
     for (int d = 0; d < head_dim; d += kLanes) {
       store_i16(values, to_int(load(q + d) * set1(inverse)));
