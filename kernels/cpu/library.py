@@ -39,4 +39,10 @@ def load(variant: str = "auto") -> Library:
 
 
 def _open(variant: str) -> Library:
-    return Library(ctypes.CDLL(str(library_path(VARIANTS[variant]))), variant)
+    path = library_path(VARIANTS[variant])
+    try:
+        return Library(ctypes.CDLL(str(path)), variant)
+    except OSError as error:  # damaged, or in a folder from which nothing may be executed
+        raise BuildError(
+            f"the CPU kernels cannot be loaded ({error}); remove {path} and start again"
+        ) from error

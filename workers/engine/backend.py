@@ -62,6 +62,8 @@ def open_backend(config: EngineConfig, model: PreparedModel) -> Backend:
     except NotHere as error:
         if config.kernels != "auto":
             raise ValueError(f"engine.kernels is {config.kernels}: {error}") from error
+        if setting := _only_native(config):
+            raise ValueError(f"{setting} needs the native CPU kernels: {error}") from error
         logger.warning(
             "native CPU kernels are not used, torch takes their place, several times slower: %s", error
         )
@@ -75,12 +77,8 @@ class TorchBackend:
         from workers.engine.sampler import Sampler
         from workers.models.decoder import load_decoder
 
-        if config.kv_cache_dtype == "int8":
-            raise ValueError("engine.kv_cache_dtype int8 needs the native CPU kernels; use auto")
-        if config.quantization in ("int8", "int4"):
-            raise ValueError(
-                f"engine.quantization {config.quantization} needs the native CPU kernels; use auto or none"
-            )
+        if setting := _only_native(config):
+            raise ValueError(f"{setting} needs the native CPU kernels, this engine runs on torch; use auto")
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self._decoder = load_decoder(
@@ -99,6 +97,15 @@ class TorchBackend:
 
     def runner(self, num_blocks: int) -> Runner:
         return TorchRunner(self._decoder, self._sampler, self.layout, num_blocks)
+
+
+def _only_native(config: EngineConfig) -> str | None:
+    """The setting that torch cannot heed, if there is one."""
+    if config.kv_cache_dtype == "int8":
+        return "engine.kv_cache_dtype int8"
+    if config.quantization in ("int8", "int4"):
+        return f"engine.quantization {config.quantization}"
+    return None
 
 
 def choose_device(device: str) -> torch.device:

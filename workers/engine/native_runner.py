@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-import numpy as np
 import torch
 
 from kernels.cpu import attention
@@ -44,12 +43,13 @@ class NativeBackend:
             raise NotHere(
                 f"heads of {spec.head_dim} in KV blocks of {config.block_size} tokens are not supported"
             )
-        torch.set_num_threads(1)  # torch computes nothing here; its threads would only be in the way
         threads = config.num_threads or len(os.sched_getaffinity(0))
+        torch.set_num_threads(threads)  # weights are quantized by as many threads as torch has
         # Whoever asks for float32 asks for exactness, not for four bits because the file has no more.
         exact = config.quantization == "auto" and dtype == "float32"
         quantization = "none" if exact else config.quantization
         packed = open_packed_model(model, spec, quantization, dtype, self._library, threads=threads)
+        torch.set_num_threads(1)  # from here on torch computes nothing: its threads would be in the way
         self._weights = dtype if packed.scheme == "none" else packed.scheme
         self._pool = ThreadPool(self._library, threads, config.cpus)
         self._model, self._spec, self._config = packed.model, spec, config
