@@ -68,6 +68,8 @@ class DraftProposer:
         asked = self._read(list(limits), guesses)
         for place in range(1, max((limits[request] for request in asked), default=0)):
             asked = [r for r in asked if limits[r] > place and guesses[r][-1] != NOT_A_NUMBER]
+            if not asked:
+                break
             builder, samples = StepBuilder(self._block_size), []
             for request in asked:
                 sequence, guess = self._sequences[request], guesses[request]

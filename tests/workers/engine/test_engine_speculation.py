@@ -11,12 +11,14 @@ from workers.config import EngineConfig, SpeculationConfig
 from workers.engine.draft import DraftProposer
 from workers.engine.engine import Completion, Engine
 from workers.engine.ngram import NgramProposer
-from workers.engine.plan import Plan, StepResult
+from workers.engine.plan import NOT_A_NUMBER, Plan, Sampled, StepResult
 from workers.engine.proposers import open_speculation
+from workers.engine.request import Request, State
 from workers.engine.speculation import Proposer, Speculation
+from workers.engine.step_input import StepInput
 from workers.models.catalog import PreparedModel, prepare_model
 from workers.models.random_model import write_random_model
-from workers.protocol.messages import Sampling
+from workers.protocol.messages import Sampling, Work
 
 PROMPTS = [[5, 6, 7, 8] * 6, [9, 10, 11] * 3, [40, 50, 60, 70, 80], list(range(100, 160))]
 SAMPLINGS = [
@@ -126,6 +128,18 @@ def test_speculation_by_configuration(model: PreparedModel, method: str) -> None
     if method == "draft":
         engine.generate([[1, 2, 3]], SAMPLINGS[2])  # what ended is let go when the next request comes
         assert open_speculation(config, model, 8) is not None
+
+
+def test_a_draft_model_that_yields_no_number_guesses_nothing(model: PreparedModel) -> None:
+    class Broken:
+        def run(self, step: StepInput) -> list[Sampled]:
+            assert step.samples, "a step without a row"
+            return [Sampled(NOT_A_NUMBER, None) for _ in step.samples]
+
+    proposer = DraftProposer(Broken(), block_size=16, num_blocks=8, max_model_len=64, max_step_tokens=32)
+    request = Request(Work("r", [1, 2, 3], SAMPLINGS[0]))
+    request.state = State.RUNNING
+    assert proposer.propose([(request, 4)]) == [[]]
 
 
 def test_a_draft_model_must_share_the_vocabulary(
