@@ -129,6 +129,7 @@ class ThreadPool:
         self.threads = threads
         self.handle: int = cdll.hr_pool_new(threads, pinned, spin)
         self._finalizer = weakref.finalize(self, cdll.hr_pool_delete, self.handle)
+        self._finalizer.atexit = False  # a daemon thread may still be within a step when the interpreter ends
 
     def barrier_ns(self, library: Library, repeats: int = 1000) -> float:
         """Nanoseconds that one meeting of all threads takes."""
@@ -160,6 +161,7 @@ class CpuDecoder:
         self._handle: int = handle
         self._run = cdll.hr_step
         self._finalizer = weakref.finalize(self, cdll.hr_runtime_delete, handle)
+        self._finalizer.atexit = False  # as the pool's
 
     def step(self, step: StepArrays, logits: NDArray[np.float32], *, use_tiles: bool = True) -> None:
         """Write keys and values of the step's tokens, and the logits of its rows into `logits` [R, >= vocab].

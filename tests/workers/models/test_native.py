@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -200,3 +202,30 @@ def test_a_step_too_large_is_refused(tmp_path: Path) -> None:
     path = write_random_model(tmp_path / "model", {}, seed=9)
     with pytest.raises(ValueError, match="64 at most"):
         Decoded(path).alone(Sequence(np.arange(100), np.arange(NUM_BLOCKS)), [100])
+
+
+END_WITHIN_A_STEP = """
+import sys, threading
+from pathlib import Path
+import workers.models.native
+from tests.workers.models.test_native import Decoded, two_sequences
+
+workers.models.native.default_cache_dir = lambda: Path(sys.argv[2])
+decoded, stepping = Decoded(Path(sys.argv[1]), threads=2), threading.Event()
+
+def decode():
+    while True:
+        decoded.alone(two_sequences()[0], [41])
+        stepping.set()
+
+threading.Thread(target=decode, daemon=True).start()
+stepping.wait()
+sys.exit(7)
+"""
+
+
+def test_the_interpreter_may_end_within_a_step(tmp_path: Path) -> None:
+    path = write_random_model(tmp_path / "model", {"num_hidden_layers": 16}, seed=10)
+    command = [sys.executable, "-c", END_WITHIN_A_STEP, str(path), str(tmp_path / "cache")]
+    for _ in range(3):
+        assert subprocess.run(command, timeout=60).returncode == 7
