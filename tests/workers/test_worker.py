@@ -201,6 +201,8 @@ def test_tokens_given_are_gone_on_from(start: Start) -> None:
         (work([1] * 500, max_tokens=100), "exceed the 512 tokens"),
         (work([1, 10**6]), "token id 1000000 is outside the vocabulary"),
         (work([1], max_tokens=2, output=[1, 2]), "max_tokens is 2"),
+        (Work("bias", [1], Sampling(2, seed=1, logit_bias={10**6: 1.0})), "token id 1000000 is outside"),
+        (Work("stop", [1], Sampling(2, seed=1, stop_token_ids=(10**6,))), "token id 1000000 is outside"),
     ],
 )
 def test_what_can_never_run_is_refused_with_the_reason(start: Start, bad: Work, says: str) -> None:

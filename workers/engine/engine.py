@@ -143,9 +143,9 @@ class Engine:
             raise CannotServe(
                 f"{len(work.output)} output tokens given, max_tokens is {work.sampling.max_tokens}"
             )
-        bad = next(
-            (t for t in itertools.chain(work.prompt, work.output) if not 0 <= t < self.vocab_size), None
-        )
+        sampling = work.sampling  # kernels index by its tokens, too
+        named = itertools.chain(work.prompt, work.output, sampling.logit_bias, sampling.stop_token_ids)
+        bad = next((t for t in named if not 0 <= t < self.vocab_size), None)
         if bad is not None:
             raise CannotServe(f"token id {bad} is outside the vocabulary of {self.vocab_size}")
 

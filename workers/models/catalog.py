@@ -81,7 +81,8 @@ def _describe(path: Path, served_name: str) -> PreparedModel:
         fingerprint=fingerprint(path),
         max_model_len=spec.max_position,
         vocab_size=spec.vocab_size,
-        eos_token_ids=_eos_token_ids(path, config),
+        # An end that the vocabulary lacks is never sampled, and there is no logit of it that could be forbidden.
+        eos_token_ids=tuple(t for t in _eos_token_ids(path, config) if t < spec.vocab_size),
     )
 
 

@@ -40,6 +40,8 @@ def test_end_tokens(model: Path) -> None:
     generation = model / "generation_config.json"
     edit(generation, eos_token_id=[2, 0])
     assert prepare_model(str(model)).eos_token_ids == (2, 0)
+    edit(generation, eos_token_id=[2, prepare_model(str(model)).vocab_size, 0])
+    assert prepare_model(str(model)).eos_token_ids == (2, 0)
     edit(generation, eos_token_id=None)
     edit(model / "config.json", eos_token_id=5)
     assert prepare_model(str(model)).eos_token_ids == (5,)
