@@ -14,6 +14,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -126,11 +127,11 @@ def build(variant: Variant, directory: Path, *, portable_name: bool = False) -> 
     """Compile into `directory` unless it is there. Safe to call from several processes at a time."""
     sources = _sources()
     compiler = find_compiler()
-    version = "" if portable_name else _version(compiler)
-    target = directory / _file_name(variant, _digest(variant, sources, version))
-    if target.is_file():
-        return target
     try:
+        version = "" if portable_name else _version(compiler)
+        target = directory / _file_name(variant, _digest(variant, sources, version))
+        if target.is_file():
+            return target
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / f".{variant.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -141,12 +142,16 @@ def build(variant: Variant, directory: Path, *, portable_name: bool = False) -> 
     return target
 
 
-def find_compiler() -> str:
-    """$CXX, else the first of COMPILERS on the path. Raises BuildError."""
-    named = os.environ.get("CXX")
-    for name in (named,) if named else COMPILERS:
+def find_compiler() -> list[str]:
+    """The command: $CXX, which may have arguments ("ccache g++"), or the first of COMPILERS. Raises BuildError."""
+    named = os.environ.get("CXX", "").strip()
+    try:
+        commands = [shlex.split(named)] if named else [[name] for name in COMPILERS]
+    except ValueError as error:
+        raise BuildError(f"$CXX = {named} is no command: {error}") from error
+    for name, *arguments in commands:
         if found := shutil.which(name):
-            return found
+            return [found, *arguments]
     looked_for = f"$CXX = {named}" if named else ", ".join(COMPILERS)
     raise BuildError(f"no C++ compiler found (looked for {looked_for}); on Debian: apt-get install g++")
 
@@ -176,23 +181,24 @@ def _cache_dir() -> Path:
     return (Path(base).expanduser() if base else Path.home() / ".cache") / "headrace" / "kernels"
 
 
-def _version(compiler: str) -> str:
-    shown = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    return shown.stdout.splitlines()[0] if shown.stdout else compiler
+def _version(compiler: Sequence[str]) -> str:
+    """With what the command says besides: it may be flags."""
+    shown = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
+    return " ".join((shown.stdout.splitlines()[0] if shown.stdout else compiler[0], *compiler[1:]))
 
 
-def _compile(compiler: str, variant: Variant, sources: Sequence[Path], target: Path) -> None:
+def _compile(compiler: Sequence[str], variant: Variant, sources: Sequence[Path], target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{variant.name}-") as directory:
         units = [source for source in sources if source.suffix == ".cpp"]
         objects = [Path(directory) / f"{unit.stem}.o" for unit in units]
 
         def one(unit: Path, into: Path) -> None:
-            _run([compiler, *FLAGS, *variant.flags, "-c", str(unit), "-o", str(into)])
+            _run([*compiler, *FLAGS, *variant.flags, "-c", str(unit), "-o", str(into)])
 
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             list(pool.map(one, units, objects))
         linked = Path(directory) / target.name
-        _run([compiler, "-shared", "-pthread", *map(str, objects), "-o", str(linked)])
+        _run([*compiler, "-shared", "-pthread", *map(str, objects), "-o", str(linked)])
         linked.rename(target)
     for old in target.parent.glob("libheadrace_cpu-*.so"):
         if time.time() - old.stat().st_mtime > _STALE_S:

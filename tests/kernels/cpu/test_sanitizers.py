@@ -28,7 +28,7 @@ def test_clean(program: Path, variant: str, tmp_path: Path) -> None:
     built = tmp_path / program.stem
     sources = [str(program), *map(str, sorted(SOURCES.glob("*.cpp")))]
     flags = [*SANITIZE, "-fno-sanitize-recover=all", *VARIANTS[variant].flags, f"-I{SOURCES}"]
-    subprocess.run([compiler, *flags, *sources, "-o", str(built)], check=True)
+    subprocess.run([*compiler, *flags, *sources, "-o", str(built)], check=True)
     done = subprocess.run(
         [str(built)], env={**os.environ, "ASAN_OPTIONS": "detect_leaks=1"}, capture_output=True, text=True
     )

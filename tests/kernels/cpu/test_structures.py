@@ -61,6 +61,6 @@ def test_layouts_are_the_compilers() -> None:
     includes = ("cstddef", "model.h", "sampling.h")
     program = "".join(f"#include <{file}>\n" for file in includes)
     program += "".join(f'static_assert({claim}, "");\n' for claim in _claims())
-    command = [compiler, "-std=c++17", "-fsyntax-only", f"-I{SOURCES}", "-xc++", "-"]
+    command = [*compiler, "-std=c++17", "-fsyntax-only", f"-I{SOURCES}", "-xc++", "-"]
     done = subprocess.run(command, input=program, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
