@@ -253,13 +253,11 @@ class Serving:
             owner.send(Tokens(deltas))
 
     def _ticket_lost(self, request: Request, code: FailureCode, reason: str) -> None:
-        self._metrics.failed(code)
         self._fail(request.request_id, code, reason)
 
     def _handoff_ended(self, handoff: Handoff, code: FailureCode | None, reason: str) -> None:
         request = handoff.request
         if code is not None:
-            self._metrics.failed(code)
             self._fail(request.request_id, code, reason)
             return
         times = request.times
@@ -280,6 +278,7 @@ class Serving:
     def _fail(self, request_id: str, code: FailureCode, reason: str) -> None:
         owner = self._owners.pop(request_id, None)
         if owner is not None:
+            self._metrics.failed(code)
             owner.send(Failed(request_id, code, reason))
         self._room()
         self._wake.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,4 +86,6 @@ def test_a_request_whose_logits_are_not_numbers_fails_alone(start: Start, alone:
     assert "not a number" in failure.message
     assert len(outcomes["bad"]) == 3
     assert outcomes["good"] == alone.generate([[5, 6, 7]], sampling)[0].tokens
-    assert client.status().referenced_blocks == 0
+    status = client.status(want_metrics=True)
+    assert status.referenced_blocks == 0
+    assert re.search(rb'headrace_worker_requests_total{[^}]*outcome="internal"[^}]*} 1\.0', status.metrics)
