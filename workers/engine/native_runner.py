@@ -43,6 +43,7 @@ class NativeBackend:
             raise NotHere(
                 f"heads of {spec.head_dim} in KV blocks of {config.block_size} tokens are not supported"
             )
+        _check_cores(config.cpus)
         threads = config.num_threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(threads)  # weights are quantized by as many threads as torch has
         # Whoever asks for float32 asks for exactness, not for four bits because the file has no more.
@@ -75,6 +76,13 @@ class NativeBackend:
             self._config,
             self._weights,
         )
+
+
+def _check_cores(cpus: list[int] | None) -> None:
+    """Raises ValueError. Not held against this thread's own affinity: an engine before this one may have pinned it."""
+    cores = os.cpu_count() or 1
+    if cpus is not None and (max(cpus, default=0) >= cores or len(set(cpus)) < len(cpus)):
+        raise ValueError(f"engine.cpus is {cpus}: it must list different cores from 0 to {cores - 1}")
 
 
 class NativeRunner:

@@ -86,6 +86,12 @@ def test_kernels_that_were_named_are_not_replaced(model: PreparedModel, no_compi
         opened(model, kernels="portable")
 
 
+@pytest.mark.parametrize("cpus", [[99_999], [0, 0]])
+def test_cores_that_are_not_there_are_refused(model: PreparedModel, cpus: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"engine.cpus is .* must list different cores from 0 to \d"):
+        open_backend(EngineConfig(device="cpu", num_threads=len(cpus), cpus=cpus), model)
+
+
 def test_weights_are_quantized_by_all_threads(
     model: PreparedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
