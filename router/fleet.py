@@ -96,6 +96,16 @@ class Fleet:
 
     def _add(self, info: WorkerInfo) -> None:
         log.info("worker %s:%d (%s) at %s", info.worker_id, info.epoch, info.role, info.address)
+        known = (member.info for member in self._members.values())
+        other = next((worker for worker in known if worker.hash_root != info.hash_root), None)
+        if other is not None:
+            log.warning(
+                "worker %s (%s) and %s (%s) differ in weights, KV format or block size: no request uses both",
+                info.worker_id,
+                info.device,
+                other.worker_id,
+                other.device,
+            )
         member = Member(info=info, link=self._new_link(info))
         self._members[info.worker_id] = member
         self._last_epochs[info.worker_id] = info.epoch
