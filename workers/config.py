@@ -80,7 +80,7 @@ class EngineConfig(Section):
     )
     deterministic: bool = Field(
         False,
-        description="a request's tokens never hang on its batch; costs speed with AMX, nothing without it",
+        description="bfloat16 rounds alike with and without AMX: keeps AMX out, costs speed where it is",
     )
     speculation: SpeculationConfig = SpeculationConfig()
 
