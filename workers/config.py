@@ -58,6 +58,11 @@ class EngineConfig(Section):
     kv_cache_dtype: Literal["auto", "int8"] = Field(
         "auto", description="auto: as dtype; int8 halves its memory"
     )
+    weights_memory: Literal["mmap", "huge"] = Field(
+        "mmap",
+        description="of the native kernels: mmap shares one file for all workers of a host; huge copies it into "
+        "huge pages of the worker's own, which are read somewhat faster",
+    )
     kernels: Kernels = Field(
         "auto", description="on a CPU: auto is the best native variant, or torch where none can be built"
     )

@@ -49,7 +49,9 @@ class NativeBackend:
         # Whoever asks for float32 asks for exactness, not for four bits because the file has no more.
         exact = config.quantization == "auto" and dtype == "float32"
         quantization = "none" if exact else config.quantization
-        packed = open_packed_model(model, spec, quantization, dtype, self._library, threads=threads)
+        packed = open_packed_model(
+            model, spec, quantization, dtype, self._library, threads=threads, memory=config.weights_memory
+        )
         torch.set_num_threads(1)  # from here on torch computes nothing: its threads would be in the way
         self._weights = dtype if packed.scheme == "none" else packed.scheme
         self._pool = ThreadPool(self._library, threads, config.cpus)

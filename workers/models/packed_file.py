@@ -9,6 +9,7 @@ The layout of the arrays is that of kernels/cpu/src/matrix.h, the same for every
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -146,7 +147,8 @@ def _mapped(stream: io.FileIO, size: int) -> NDArray[np.uint8]:
 def _copied(stream: io.FileIO, size: int) -> NDArray[np.uint8]:
     pages = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)  # before the first touch, so that pages are born huge
+        with contextlib.suppress(OSError):  # a kernel without them: only speed is lost
+            pages.madvise(mmap.MADV_HUGEPAGE)  # before the first touch, so that pages are born huge
     whole = np.frombuffer(pages, np.uint8)
     start = -whole.ctypes.data % _HUGE_PAGE
     whole = whole[start : start + size]
