@@ -5,32 +5,63 @@ A floor must be what the machine can do at best, so the best of several probes c
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from bench.memory_floor import read_bandwidth as _torch_read_bandwidth
+from kernels.cpu.build import BuildError
+from kernels.cpu.library import load
+from workers.engine.huge_pages import huge_zeros
 
 _MATRIX = 2048
 _PROBE_MIB = 512
+_PEAK_S = 0.1
 
 
 def read_bandwidth(threads: int) -> float:
-    """Bytes per second of reading memory far beyond the caches with `threads` threads."""
-    return _torch_read_bandwidth(threads, megabytes=_PROBE_MIB, repeats=5)
+    """Bytes per second of reading memory far beyond the caches with `threads` threads: by torch or by a loop of loads
+    over huge pages, whichever is faster."""
+    by_torch = _torch_read_bandwidth(threads, megabytes=_PROBE_MIB, repeats=5)
+    try:
+        read = load().cdll.hr_bench_read
+    except BuildError:
+        return by_torch
+    read.restype, read.argtypes = ctypes.c_double, [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    regions = [huge_zeros(_PROBE_MIB * 2**20 // threads) for _ in range(threads)]
+    for region in regions:
+        region.fill(1)
+    return max(by_torch, _of_all(threads, lambda i: read(regions[i].ctypes.data, regions[i].nbytes, 5)))
 
 
 def peak_bf16(threads: int) -> float:
-    """FLOPs per second of a large bfloat16 product with `threads` threads."""
+    """FLOPs per second in bfloat16 with `threads` threads: of a large product by torch, or of multiply-adds in
+    registers, whichever is faster (the first uses AMX tiles where there are any, the second does not)."""
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         left, right = torch.ones(2, _MATRIX, _MATRIX, dtype=torch.bfloat16)
-        return 2 * _MATRIX**3 / _fastest(lambda: left @ right, 5)
+        product = 2 * _MATRIX**3 / _fastest(lambda: left @ right, 5)
     finally:
         torch.set_num_threads(before)
+    try:
+        peak = load().cdll.hr_bench_peak_bf16
+    except BuildError:
+        return product
+    peak.restype, peak.argtypes = ctypes.c_double, [ctypes.c_double]
+    return max(product, _of_all(threads, lambda i: peak(_PEAK_S)))
+
+
+def _of_all(threads: int, rate: Callable[[int], float]) -> float:
+    """The sum of a rate that each thread measures for itself, all at once."""
+    with ThreadPoolExecutor(threads) as pool:
+        return float(np.sum(list(pool.map(rate, range(threads)))))
 
 
 def _fastest(work: Callable[[], object], repeats: int) -> float:
