@@ -113,7 +113,7 @@ async def test_without_prefill_workers_the_decode_worker_does_it_all(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 async def test_a_death_every_two_seconds(model: Path) -> None:
-    """300 sampled streams while a random worker is killed every two seconds: each is whole, token for token."""
+    """300 sampled streams, again and again, while a random worker is killed every two seconds: each is whole."""
     rng = random.Random(7)
     prompts = [[rng.randrange(3, 250) for _ in range(rng.randrange(20, 400))] for _ in range(300)]
     torch.set_num_threads(1)
@@ -134,10 +134,10 @@ async def test_a_death_every_two_seconds(model: Path) -> None:
         gate = asyncio.Semaphore(24)
         deaths = 0
 
-        async def one(i: int) -> Answer:
+        async def one(lap: int, i: int) -> Answer:
             async with gate:
                 return await cluster.ask(
-                    f"r{i}", prompts[i], max_tokens=TOKENS, seed=i, temperature=1.0, ignore_eos=True
+                    f"r{lap}-{i}", prompts[i], max_tokens=TOKENS, seed=i, temperature=1.0, ignore_eos=True
                 )
 
         async def reap() -> None:
@@ -150,9 +150,11 @@ async def test_a_death_every_two_seconds(model: Path) -> None:
                 deaths += 1
 
         reaper = asyncio.create_task(reap())
-        answers = await asyncio.gather(*(one(i) for i in range(len(prompts))))
+        lap = 0
+        while deaths < 6:
+            answers = await asyncio.gather(*(one(lap, i) for i in range(len(prompts))))
+            assert [a.tokens for a in answers] == expected
+            lap += 1
         reaper.cancel()
-        assert [a.tokens for a in answers] == expected
-        assert deaths >= 5
         await cluster.wait_for_workers()
         await cluster.assert_at_rest()
