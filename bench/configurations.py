@@ -14,6 +14,7 @@ CORES = os.cpu_count() or 1
 
 FORMATS: dict[str, dict[str, Any]] = {
     "default": {},
+    "stored": {"dtype": "bfloat16", "quantization": "stored"},
     "fp32": {"dtype": "float32", "quantization": "none"},
     "bf16": {"dtype": "bfloat16", "quantization": "none"},
     "int8": {"dtype": "bfloat16", "quantization": "int8"},

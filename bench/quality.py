@@ -173,9 +173,9 @@ def formats(model: PreparedModel, window: int) -> dict[str, Callable[[], Logits]
 
     found = {"torch fp32": torch_format("none", torch.float32), "torch bf16": torch_format("none")}
     found |= {f"torch {name}": torch_format(name) for name in ("int8", "int4")}
-    if choose_scheme("auto", model.path).name == "stored":
-        found["torch stored"] = torch_format("auto")
-        found["native stored"] = native_format("auto")
+    if choose_scheme("stored", model.path).name == "stored":
+        found["torch stored"] = torch_format("stored")
+        found["native stored"] = native_format("stored")
     found |= {"native bf16": native_format("none")}
     found |= {f"native {name}": native_format(name) for name in ("int8", "int4")}
     found["native bf16, int8 KV"] = native_format("none", "int8")

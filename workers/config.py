@@ -12,7 +12,7 @@ from workers.protocol.messages import Role
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 ChannelKind = Literal["shm", "tcp"]
 Kernels = Literal["auto", "torch", "portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_soft"]
-Quantization = Literal["auto", "none", "int8", "int4"]
+Quantization = Literal["auto", "none", "stored", "int8", "int4"]
 
 
 class Section(BaseModel):
@@ -53,7 +53,8 @@ class EngineConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
     dtype: DType = Field("auto", description="of weights and KV cache; auto: bfloat16")
     quantization: Quantization = Field(
-        "auto", description="of the weights; auto: as the checkpoint stores them (with dtype float32: none)"
+        "auto",
+        description="of the weights; auto: as GPTQ, AWQ and the like store them, floats else (GGUF too); stored: as the checkpoint has them, GGUF too",
     )
     kv_cache_dtype: Literal["auto", "int8"] = Field(
         "auto", description="auto: as dtype; int8 halves its memory"

@@ -100,12 +100,18 @@ def key(case: Case) -> str:
 
 
 def weight_format(configuration: str, model: PreparedModel, kernels: str) -> WeightFormat:
-    """`default` is what the checkpoint stores where native kernels run, bfloat16 elsewhere."""
+    """`stored` is what the checkpoint stores where native kernels run, bfloat16 elsewhere."""
     name = configuration.partition("+")[0]
-    if name == "default":
+    if name == "stored":
         stored = (model.path / "gguf_blocks.bin").is_file() and kernels != "torch"
         return "int4" if stored else "bf16"
-    formats: dict[str, WeightFormat] = {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "int4": "int4"}
+    formats: dict[str, WeightFormat] = {
+        "default": "bf16",
+        "fp32": "fp32",
+        "bf16": "bf16",
+        "int8": "int8",
+        "int4": "int4",
+    }
     return formats[name]
 
 

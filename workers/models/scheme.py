@@ -13,7 +13,7 @@ from workers.models.gguf_blocks import GgufBlocks
 from workers.models.quantized import GROUP
 from workers.models.spec import DecoderSpec
 
-Quantization = Literal["auto", "none", "int8", "int4"]  # what a user may ask for
+Quantization = Literal["auto", "none", "stored", "int8", "int4"]  # what a user may ask for
 SchemeName = Literal["none", "stored", "int8", "int4"]
 
 # Enters the fingerprint of quantized weights, and so the hashes of KV blocks: raise it when a quantizer's result or
@@ -44,8 +44,11 @@ def choose_scheme(wanted: str, checkpoint: Path) -> Scheme:
     if wanted == "int4":
         _check_groups(spec)
         return Scheme("int4")
-    if wanted == "auto":
-        stored = bool(config.get("quantization_config")) or GgufBlocks.are_in(checkpoint)
+    if wanted in ("auto", "stored"):
+        # Integer products round activations too. Whoever names a GPTQ or AWQ checkpoint has chosen that; a GGUF is also
+        # how float models are shipped, and the default model is one: it answers better in floats.
+        stored = bool(config.get("quantization_config"))
+        stored = stored or (wanted == "stored" and GgufBlocks.are_in(checkpoint))
         return Scheme("stored") if stored else FLOATS
     return Scheme("int8") if wanted == "int8" else FLOATS
 

@@ -14,8 +14,8 @@ BOUNDS = {
     ("none", "auto"): 0.0006,
     ("none", "int8"): 0.004,
     ("int8", "auto"): 0.012,
-    ("auto", "auto"): 0.012,
-    ("auto", "int8"): 0.015,
+    ("stored", "auto"): 0.012,
+    ("stored", "int8"): 0.015,
 }
 
 

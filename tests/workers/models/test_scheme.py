@@ -16,10 +16,11 @@ def test_what_is_asked_for_is_chosen(tmp_path: Path) -> None:
     assert chosen == {"auto": "none", "none": "none", "int8": "int8", "int4": "int4"}
 
 
-def test_auto_is_what_the_checkpoint_stores(tmp_path: Path) -> None:
+def test_a_gguf_is_served_as_stored_when_asked(tmp_path: Path) -> None:
     model = write_random_model(tmp_path)
     write_blocks(model, [], {})
-    assert choose_scheme("auto", model) == Scheme("stored")
+    assert choose_scheme("stored", model) == Scheme("stored")
+    assert choose_scheme("auto", model) == Scheme("none")
     assert choose_scheme("none", model) == FLOATS
 
 
@@ -27,7 +28,7 @@ def test_refusals_say_what_is_allowed(tmp_path: Path) -> None:
     model = write_random_model(tmp_path, {"intermediate_size": 72})
     with pytest.raises(ModelError, match=r"intermediate_size is 72; use int8 or none"):
         choose_scheme("int4", model)
-    with pytest.raises(ModelError, match="'int2' is not known; allowed are auto, none, int8, int4"):
+    with pytest.raises(ModelError, match="'int2' is not known; allowed are auto, none, stored, int8, int4"):
         choose_scheme("int2", model)
 
 
