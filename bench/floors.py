@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from bench.memory_floor import read_bandwidth as _torch_read_bandwidth
 from kernels.cpu.build import BuildError
 from kernels.cpu.library import load
-from workers.engine.huge_pages import huge_zeros
+from workers.huge_pages import huge_zeros
 
 _MATRIX = 2048
 _PROBE_MIB = 512

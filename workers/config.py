@@ -54,7 +54,8 @@ class EngineConfig(Section):
     dtype: DType = Field("auto", description="of weights and KV cache; auto: bfloat16")
     quantization: Quantization = Field(
         "auto",
-        description="of the weights; auto: as GPTQ, AWQ and the like store them, floats else (GGUF too); stored: as the checkpoint has them, GGUF too",
+        description="of the weights; auto: as GPTQ, AWQ and the like store them, floats else (GGUF too); stored: "
+        "as the checkpoint has them, GGUF too",
     )
     kv_cache_dtype: Literal["auto", "int8"] = Field(
         "auto", description="auto: as dtype; int8 halves its memory"

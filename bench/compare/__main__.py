@@ -11,7 +11,6 @@ Arguments after `--` go to `headrace serve`.
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from bench.compare.campaign import Campaign, document
 from bench.compare.report import markdown, plot
 from bench.compare.systems import DEFAULT, KNOWN
 from bench.machine import describe
+from bench.results import write_results
 from bench.workloads import FULL, QUICK, WORKLOADS
 from workers.models.cache import default_cache_dir
 
@@ -81,15 +81,7 @@ def main() -> None:
     machine = describe()
     campaign.measure(records)
     found = document(campaign, records, machine)
-    (campaign.out / "compare.json").write_text(json.dumps(found, indent=1) + "\n")
-    table = markdown(found)
-    (campaign.out / "compare.md").write_text(table)
-    print("\n" + table)
-    try:
-        plot(found, [campaign.out / "compare.svg", campaign.out / "compare.png"])
-    except ImportError:
-        print("no plot: matplotlib is not installed; pip install -e '.[bench]'")
-    print(f"results are in {campaign.out}")
+    write_results(campaign.out, "compare", found, markdown(found), plot)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ python -m bench.engine --profile-host --configs int8      what a step costs outs
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 from pathlib import Path
@@ -18,6 +17,7 @@ from bench.engine.campaign import Campaign, document
 from bench.engine.drive import cases
 from bench.engine.report import markdown, plot
 from bench.machine import describe
+from bench.results import write_results
 from workers.models.catalog import prepare_model
 
 
@@ -70,16 +70,7 @@ def main() -> None:
         profile_host=given.profile_host,
     )
     found = document(campaign, *campaign.measure(), machine)
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "engine.json").write_text(json.dumps(found, indent=1) + "\n")
-    table = markdown(found)
-    (given.out / "engine.md").write_text(table)
-    print("\n" + table)
-    try:
-        plot(found, [given.out / "engine.svg", given.out / "engine.png"])
-    except ImportError:
-        print("no plot: matplotlib is not installed; pip install -e '.[bench]'")
-    print(f"results are in {given.out}")
+    write_results(given.out, "engine", found, markdown(found), plot)
 
 
 def _available_bytes() -> float:

@@ -15,6 +15,7 @@ from workers.engine.engine import Engine
 from workers.models.catalog import PreparedModel
 from workers.models.checkpoint import read_json
 from workers.models.errors import ModelError
+from workers.models.gguf_blocks import GgufBlocks
 from workers.models.spec import DecoderSpec
 
 
@@ -103,7 +104,7 @@ def weight_format(configuration: str, model: PreparedModel, kernels: str) -> Wei
     """`stored` is what the checkpoint stores where native kernels run, bfloat16 elsewhere."""
     name = configuration.partition("+")[0]
     if name == "stored":
-        stored = (model.path / "gguf_blocks.bin").is_file() and kernels != "torch"
+        stored = GgufBlocks.are_in(model.path) and kernels != "torch"
         return "int4" if stored else "bf16"
     formats: dict[str, WeightFormat] = {
         "default": "bf16",

@@ -116,10 +116,10 @@ def best_variant() -> Variant:
 
 def library_path(variant: Variant) -> Path:
     """The built library: a prebuilt one, one from the cache, or one that is compiled now. Raises BuildError."""
-    sources = _sources()
-    prebuilt = PREBUILT / _file_name(variant, _digest(variant, sources, compiler=""))
-    if prebuilt.is_file():
-        return prebuilt
+    if PREBUILT.is_dir():  # else the sources would be read for nothing at each start
+        prebuilt = PREBUILT / _file_name(variant, _digest(variant, _sources(), compiler=""))
+        if prebuilt.is_file():
+            return prebuilt
     return build(variant, _cache_dir())
 
 

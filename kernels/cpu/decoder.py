@@ -16,7 +16,6 @@ from kernels.cpu.structures import (
     EmbeddingKind,
     Format,
     KvCache,
-    KvType,
     Layer,
     Matrix,
     Model,
@@ -24,7 +23,7 @@ from kernels.cpu.structures import (
     Step,
 )
 
-SPIN = 1500  # pauses before a waiting thread sleeps: 40 to 100 us, longer than a stage of a step
+SPIN = 1500  # pauses before a waiting thread sleeps, some 20 us: who else is on the core may have it then
 
 STAGES = ("embed", "qkv", "attention", "output", "gate_up", "down", "head")
 
@@ -194,27 +193,6 @@ class CpuDecoder:
         out = (ctypes.c_double * len(STAGES))()
         self.library.cdll.hr_stage_seconds(self._handle, out)
         return dict(zip(STAGES, out, strict=True))
-
-
-def kv_struct(
-    address: int,
-    kind: KvType,
-    num_blocks: int,
-    num_layers: int,
-    num_kv_heads: int,
-    block_size: int,
-    head_dim: int,
-) -> KvCache:
-    """`address` of a cache in canonical layout, see attention.h."""
-    return KvCache(
-        data=address,
-        type=int(kind),
-        num_blocks=num_blocks,
-        num_layers=num_layers,
-        num_kv_heads=num_kv_heads,
-        block_size=block_size,
-        head_dim=head_dim,
-    )
 
 
 def _struct(model: PackedModel) -> Model:

@@ -97,7 +97,7 @@ def pack(
             f"{format.name} wants contiguous rows of {wanted.__name__}, got {weight.dtype} {weight.shape}"
         )
     k = weight.shape[1]
-    packed = _allocate(format, weight.shape[0], k, rows, bias)
+    packed = allocate(format, weight.shape[0], k, rows, bias)
     arguments = [_address(weight), c_int64(weight.strides[0] // weight.itemsize), k, packed.k_pad]
     tail = [_address(packed.data)] + ([_address(packed.scale)] if format == Format.I8 else [])
     function = getattr(library.cdll, f"hr_pack_{format.name.lower()}")
@@ -126,7 +126,7 @@ def pack_grouped(
     for array, dtype in ((q, np.uint8), (d, np.float16), (m, np.float16)):
         if array is not None and (array.dtype != dtype or not array.flags.c_contiguous):
             raise ValueError(f"wants contiguous {np.dtype(dtype)}, got {array.dtype} {array.strides}")
-    packed = _allocate(format, n, k, rows, bias)
+    packed = allocate(format, n, k, rows, bias)
     arguments = [int(format), _address(q), _address(d), _address(m), k, packed.k_pad]
     _over_panels(library.cdll.hr_pack_grouped, arguments, packed, rows, n, [_address(packed.data)], threads)
     return packed
@@ -182,9 +182,10 @@ def gemm(
     return out
 
 
-def _allocate(
+def allocate(
     format: Format, n: int, k: int, rows: NDArray[np.int32] | None, bias: NDArray[np.float32] | None
 ) -> PackedMatrix:
+    """Room for a matrix [n, k], or of len(rows) features, with its padded bias; data and scale are to be filled."""
     n = n if rows is None else len(rows)
     n_pad, k_pad = round_up(n, PANEL), round_up(k, DEPTH)
     padded_bias = None

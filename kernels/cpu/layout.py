@@ -36,10 +36,5 @@ def gate_up_rows(intermediate: int) -> NDArray[np.int32]:
     return np.stack((gate.reshape(-1, HALF), up.reshape(-1, HALF)), axis=1).reshape(-1)
 
 
-def plain_rows(n: int) -> NDArray[np.int32]:
-    """[n_pad] rows in their order."""
-    return padded(np.arange(n, dtype=np.int32))
-
-
 def padded(rows: NDArray[np.int32]) -> NDArray[np.int32]:
     return np.pad(rows, (0, round_up(len(rows), PANEL) - len(rows)), constant_values=-1)

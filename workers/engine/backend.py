@@ -13,6 +13,7 @@ from workers.engine.runner import TorchRunner
 from workers.engine.step_input import StepInput
 from workers.models.catalog import PreparedModel
 from workers.models.errors import NotHere
+from workers.models.spec import DecoderSpec
 from workers.protocol.messages import KvLayout
 
 logger = logging.getLogger(__name__)
@@ -85,15 +86,8 @@ class TorchBackend:
             model.path, choose_dtype(config.dtype), device, max_positions=model.max_model_len
         )
         self._sampler = Sampler(frozenset(model.eos_token_ids))
-        spec = self._decoder.spec
-        self.layout = KvLayout(
-            num_layers=spec.num_layers,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            block_size=config.block_size,
-            dtype=str(self._decoder.dtype).removeprefix("torch."),
-            model_fingerprint=model.fingerprint,
-        )
+        dtype = str(self._decoder.dtype).removeprefix("torch.")
+        self.layout = kv_layout(self._decoder.spec, config.block_size, dtype, model.fingerprint)
 
     def runner(self, num_blocks: int) -> Runner:
         return TorchRunner(self._decoder, self._sampler, self.layout, num_blocks)
@@ -106,6 +100,17 @@ def _only_native(config: EngineConfig) -> str | None:
     if config.quantization in ("int8", "int4"):
         return f"engine.quantization {config.quantization}"
     return None
+
+
+def kv_layout(spec: DecoderSpec, block_size: int, dtype: str, fingerprint: str) -> KvLayout:
+    return KvLayout(
+        num_layers=spec.num_layers,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        block_size=block_size,
+        dtype=dtype,
+        model_fingerprint=fingerprint,
+    )
 
 
 def choose_device(device: str) -> torch.device:

@@ -8,18 +8,19 @@ import torch
 
 from kernels.cpu import attention
 from kernels.cpu.build import BuildError
-from kernels.cpu.decoder import CpuDecoder, PackedModel, StepArrays, ThreadPool, kv_struct
+from kernels.cpu.decoder import CpuDecoder, PackedModel, StepArrays, ThreadPool
 from kernels.cpu.library import Library, load
-from kernels.cpu.structures import KvType
+from kernels.cpu.structures import KvCache, KvType
 from workers.config import EngineConfig
-from workers.engine.huge_pages import huge_zeros
+from workers.engine.backend import kv_layout
 from workers.engine.native_sampler import NativeSampler
 from workers.engine.plan import Sampled
 from workers.engine.step_input import StepInput
+from workers.huge_pages import huge_zeros
 from workers.models.catalog import PreparedModel
 from workers.models.checkpoint import read_json
 from workers.models.errors import NotHere
-from workers.models.native import open_packed_model
+from workers.models.native import FLOAT_FORMATS, open_packed_model
 from workers.models.spec import DecoderSpec
 from workers.protocol.messages import KvLayout
 
@@ -36,7 +37,7 @@ class NativeBackend:
         except BuildError as error:
             raise NotHere(str(error)) from error
         dtype = "bfloat16" if config.dtype == "auto" else config.dtype
-        if dtype not in ("float32", "bfloat16"):
+        if dtype not in FLOAT_FORMATS:
             raise NotHere(f"engine.dtype {dtype} is none of theirs; float32 and bfloat16 are")
         spec = DecoderSpec.from_config(read_json(model.path / "config.json"))
         if not attention.supports(self._library, spec.head_dim, config.block_size):
@@ -57,14 +58,8 @@ class NativeBackend:
         self._pool = ThreadPool(self._library, threads, config.cpus)
         self._model, self._spec, self._config = packed.model, spec, config
         self._eos_token_ids = frozenset(model.eos_token_ids)
-        self.layout = KvLayout(
-            num_layers=spec.num_layers,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            block_size=config.block_size,
-            dtype="int8" if config.kv_cache_dtype == "int8" else dtype,
-            model_fingerprint=packed.fingerprint,
-        )
+        kv_dtype = "int8" if config.kv_cache_dtype == "int8" else dtype
+        self.layout = kv_layout(spec, config.block_size, kv_dtype, packed.fingerprint)
 
     def runner(self, num_blocks: int) -> NativeRunner:
         sampler = NativeSampler(self._library, self._spec.vocab_size, self._eos_token_ids)
@@ -104,7 +99,7 @@ class NativeRunner:
         self.kernels, self.weights = library.variant, weights
         pages = huge_zeros(num_blocks * layout.block_bytes).reshape(num_blocks, layout.block_bytes)
         self.kv_cache = torch.from_numpy(pages)
-        kv = kv_struct(
+        kv = KvCache(
             pages.ctypes.data,
             _KV_TYPES[layout.dtype],
             num_blocks,

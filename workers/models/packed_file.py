@@ -9,7 +9,6 @@ The layout of the arrays is that of kernels/cpu/src/matrix.h, the same for every
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 from kernels.cpu.decoder import PackedMatrix
 from kernels.cpu.structures import Format
+from workers.huge_pages import huge_zeros
 
 Memory = Literal["mmap", "huge"]
 
@@ -33,7 +33,6 @@ _MAGIC = b"HRPACKED"
 _HEAD = struct.Struct("<8sQQ32s")
 _PAGE = 4096
 _LINE = 64
-_HUGE_PAGE = 2 * 1024**2
 _DTYPES = ("uint8", "uint16", "float32")
 
 
@@ -145,13 +144,7 @@ def _mapped(stream: io.FileIO, size: int) -> NDArray[np.uint8]:
 
 
 def _copied(stream: io.FileIO, size: int) -> NDArray[np.uint8]:
-    pages = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them: only speed is lost
-            pages.madvise(mmap.MADV_HUGEPAGE)  # before the first touch, so that pages are born huge
-    whole = np.frombuffer(pages, np.uint8)
-    start = -whole.ctypes.data % _HUGE_PAGE
-    whole = whole[start : start + size]
+    whole = huge_zeros(size)
     stream.seek(0)
     done = 0
     while done < size:

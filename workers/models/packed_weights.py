@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.cpu.decoder import PackedMatrix
-from kernels.cpu.gemm import aligned_empty, pack, pack_grouped
-from kernels.cpu.layout import DEPTH, PANEL, round_up
+from kernels.cpu.gemm import allocate, pack, pack_grouped
+from kernels.cpu.layout import PANEL
 from kernels.cpu.library import Library
 from kernels.cpu.structures import Format
 from workers.models.cache import made_once
@@ -155,21 +155,16 @@ def _pack_channels(
     """[k / 4][64][4] of each panel: the integers as they are, so that nothing is rounded that has been rounded."""
     q = _gathered(value.q, rows)
     n, k = q.shape
-    n_pad, k_pad = round_up(n, PANEL), round_up(k, DEPTH)
-    data = aligned_empty((n_pad * k_pad,), np.uint8)
-    quads = data.view(np.uint32).reshape(n_pad // PANEL, k_pad // 4, PANEL)
-    for panel in range(n_pad // PANEL):
-        part = np.full((PANEL, k_pad), Q8_OFFSET, np.uint8)
+    packed = allocate(Format.I8, n, k, None, bias)
+    assert packed.scale is not None  # I8 has one
+    quads = packed.data.view(np.uint32).reshape(-1, packed.k_pad // 4, PANEL)
+    for panel, into in enumerate(quads):
+        part = np.full((PANEL, packed.k_pad), Q8_OFFSET, np.uint8)
         given = q[panel * PANEL : (panel + 1) * PANEL]
         part[: len(given), :k] = given.view(np.uint8) + np.uint8(Q8_OFFSET)
-        quads[panel] = part.view(np.uint32).T
-    scale = aligned_empty((n_pad,), np.float32)
-    scale[:n], scale[n:] = _gathered(value.scale, rows), 0
-    padded_bias = None
-    if bias is not None:
-        padded_bias = aligned_empty((n_pad,), np.float32)
-        padded_bias[:n], padded_bias[n:] = bias, 0
-    return PackedMatrix(Format.I8, n, k, data, scale, padded_bias)
+        into[:] = part.view(np.uint32).T
+    packed.scale[:n], packed.scale[n:] = _gathered(value.scale, rows), 0
+    return packed
 
 
 def _gathered(values: NDArray[A], rows: NDArray[np.int32] | None) -> NDArray[A]:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from workers.config import Quantization
 from workers.models.checkpoint import read_json
 from workers.models.errors import ModelError
 from workers.models.gguf_blocks import GgufBlocks
 from workers.models.quantized import GROUP
 from workers.models.spec import DecoderSpec
 
-Quantization = Literal["auto", "none", "stored", "int8", "int4"]  # what a user may ask for
 SchemeName = Literal["none", "stored", "int8", "int4"]
 
 # Enters the fingerprint of quantized weights, and so the hashes of KV blocks: raise it when a quantizer's result or
@@ -47,8 +47,8 @@ def choose_scheme(wanted: str, checkpoint: Path) -> Scheme:
     if wanted in ("auto", "stored"):
         # Integer products round activations too. Whoever names a GPTQ or AWQ checkpoint has chosen that; a GGUF is also
         # how float models are shipped, and the default model is one: it answers better in floats.
-        stored = bool(config.get("quantization_config"))
-        stored = stored or (wanted == "stored" and GgufBlocks.are_in(checkpoint))
+        asked_of_gguf = wanted == "stored" and GgufBlocks.are_in(checkpoint)
+        stored = config.get("quantization_config") or asked_of_gguf
         return Scheme("stored") if stored else FLOATS
     return Scheme("int8") if wanted == "int8" else FLOATS
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -73,6 +73,21 @@ def step(decoder: Decoder, kv_cache: torch.Tensor, work: list[tuple[Sequence, in
         seq.logits.append(logits[starts[row] : starts[row + 1]])
 
 
+S = TypeVar("S")
+
+
+def mixed_steps(first: S, second: S) -> list[list[tuple[S, int]]]:
+    """Prefill in chunks, decode, and both kinds in one step: all 41 tokens of the first, 30 of the second."""
+    return [
+        [(first, 17)],
+        [(first, 1), (second, 9)],
+        [(second, 1), (first, 5)],
+        [(first, 1), (second, 1)],
+        [(second, 18), (first, 16)],
+        [(first, 1), (second, 1)],
+    ]
+
+
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 def test_equals_transformers(tmp_path: Path, config: dict[str, Any]) -> None:
     write_random_model(tmp_path, config, seed=5)
@@ -82,15 +97,7 @@ def test_equals_transformers(tmp_path: Path, config: dict[str, Any]) -> None:
     blocks = torch.randperm(40)
     first = Sequence(decoder, kv_cache, torch.randint(0, 259, (41,)), blocks[:11])
     second = Sequence(decoder, kv_cache, torch.randint(0, 259, (30,)), blocks[11:19])
-    # prefill in chunks, decode, and both kinds in one step
-    for work in [
-        [(first, 17)],
-        [(first, 1), (second, 9)],
-        [(second, 1), (first, 5)],
-        [(first, 1), (second, 1)],
-        [(second, 18), (first, 16)],
-        [(first, 1), (second, 1)],
-    ]:
+    for work in mixed_steps(first, second):
         step(decoder, kv_cache, work)
     for sequence in (first, second):
         with torch.no_grad():

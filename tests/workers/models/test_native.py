@@ -12,11 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from kernels.cpu.attention import PagedCache
 from kernels.cpu.build import VARIANTS, runs_here
-from kernels.cpu.decoder import CpuDecoder, StepArrays, ThreadPool, kv_struct
+from kernels.cpu.decoder import CpuDecoder, StepArrays, ThreadPool
 from kernels.cpu.library import load
 from kernels.cpu.structures import KvType
-from tests.workers.models.test_decoder import BLOCK_SIZE, MODELS
+from tests.workers.models.test_decoder import BLOCK_SIZE, MODELS, mixed_steps
 from workers.models.catalog import PreparedModel
 from workers.models.checkpoint import fingerprint, read_json
 from workers.models.native import open_packed_model
@@ -47,19 +48,13 @@ class Decoded:
         spec = DecoderSpec.from_config(read_json(path / "config.json"))
         prepared = PreparedModel(path, "test", fingerprint(path), spec.max_position, spec.vocab_size, ())
         model = open_packed_model(prepared, spec, quantization, dtype, library).model
-        item = 4 if dtype == "float32" else 2
-        tile = BLOCK_SIZE * spec.head_dim * item
-        self._cache = np.zeros(NUM_BLOCKS * spec.num_layers * 2 * spec.num_kv_heads * tile, np.uint8)
-        kv = kv_struct(
-            self._cache.ctypes.data,
-            KvType.F32 if dtype == "float32" else KvType.BF16,
-            NUM_BLOCKS,
-            spec.num_layers,
-            spec.num_kv_heads,
-            BLOCK_SIZE,
-            spec.head_dim,
+        kind = KvType.F32 if dtype == "float32" else KvType.BF16
+        self._cache = PagedCache.new(
+            kind, NUM_BLOCKS, spec.num_layers, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim
         )
-        self._decoder = CpuDecoder(library, ThreadPool(library, threads), model, kv, max_tokens=64)
+        self._decoder = CpuDecoder(
+            library, ThreadPool(library, threads), model, self._cache.native, max_tokens=64
+        )
         self._vocab = spec.vocab_size
 
     def step(self, work: list[tuple[Sequence, int]]) -> None:
@@ -113,15 +108,7 @@ def two_sequences() -> tuple[Sequence, Sequence]:
 
 
 def run_mixed(decoded: Decoded, first: Sequence, second: Sequence) -> None:
-    """Prefill in chunks, decode, and both kinds in one step."""
-    for work in [
-        [(first, 17)],
-        [(first, 1), (second, 9)],
-        [(second, 1), (first, 5)],
-        [(first, 1), (second, 1)],
-        [(second, 18), (first, 16)],
-        [(first, 1), (second, 1)],
-    ]:
+    for work in mixed_steps(first, second):
         decoded.step(work)
 
 
