@@ -18,8 +18,10 @@ the set of cached hashes *prefix-closed*: whenever a hash is held, so is its par
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+
+Evicted = tuple[int, bytes, bytes]  # (block, hash, parent hash)
 
 
 @dataclass(slots=True)
@@ -43,6 +45,9 @@ class BlockPool:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._stored: dict[bytes, bytes] = {}
         self._removed: dict[bytes, None] = {}
+        # Called by `allocate` with what it is about to forget for good, least recently used first and leaves before
+        # their parents, while the blocks still hold their content. Must not call the pool.
+        self.on_evict: Callable[[list[Evicted]], None] | None = None
 
     # --- what there is ----------------------------------------------------------------------------------------------
 
@@ -94,11 +99,16 @@ class BlockPool:
         if count > len(self._free):
             return None
         blocks = []
+        evicted: list[Evicted] = []
         for _ in range(count):
             block, _ = self._free.popitem(last=False)
-            self._forget_hash(block)
+            lost = self._forget_hash(block)
+            if lost is not None:
+                evicted.append((block, *lost))
             self._references[block] = 1
             blocks.append(block)
+        if evicted and self.on_evict is not None:
+            self.on_evict(evicted)
         return blocks
 
     def release(self, blocks: Sequence[int]) -> None:
@@ -134,21 +144,23 @@ class BlockPool:
         else:
             self._stored[block_hash] = parent
 
-    def _forget_hash(self, block: int) -> None:
+    def _forget_hash(self, block: int) -> tuple[bytes, bytes] | None:
+        """(hash, parent) when nobody else holds that hash: it is gone."""
         block_hash = self._hash_of[block]
         if block_hash is None:
-            return
+            return None
         self._hash_of[block] = None
         holders = self._holders[block_hash]
         del holders[block]
         if holders:
-            return
+            return None
         del self._holders[block_hash]
-        del self._parent_of[block_hash]
+        parent = self._parent_of.pop(block_hash)
         if block_hash in self._stored:
             del self._stored[block_hash]
         else:
             self._removed[block_hash] = None
+        return block_hash, parent
 
     def clear_cache(self) -> None:
         """Forget every hash. References stay."""

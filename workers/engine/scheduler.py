@@ -19,6 +19,7 @@ from dataclasses import replace
 from itertools import islice, zip_longest
 
 from workers.engine.block_pool import BlockPool
+from workers.engine.fill import Fill
 from workers.engine.plan import NOT_A_NUMBER, Plan, Sampled, Scheduled, StepResult, Verified
 from workers.engine.request import NewToken, Request, State
 from workers.protocol.hashes import extend_hashes
@@ -54,6 +55,7 @@ class Scheduler:
         self._clock = clock
         self._in_flight: set[str] = set()
         self._num_reserved = 0
+        self.fills: list[Fill] = []  # begun and not ended
 
     # --- in and out -------------------------------------------------------------------------------------------------
 
@@ -71,16 +73,12 @@ class Scheduler:
         """
         self._admit(request)
         matched = self._match(request)
-        missing = self._blocks_for(request.num_tokens) - len(matched)
-        no_seat = self.num_seats_taken + len(self.waiting) >= self.max_num_seqs
-        wanted = sum(self._blocks_for(other.num_tokens) for other in self.waiting)
-        if no_seat or missing + wanted > self.pool.num_available(matched):
+        if not self.has_seat or not self._fits_beside_waiting(request, matched):
             del self.requests[request.request_id]
             return None
         self._take(request, matched)
-        fresh = self.pool.allocate(missing)
-        assert fresh is not None
-        request.block_table.extend(fresh)
+        grown = self._grow(request, request.num_tokens)
+        assert grown
         request.state = State.RESERVED
         self._num_reserved += 1
         return len(matched)
@@ -112,13 +110,46 @@ class Scheduler:
         self._hash(request)
         matched = self._match(request)
         missing = self._blocks_for(request.num_tokens) - len(matched)
-        free_seat = self.num_seats_taken + len(self.waiting) < self.max_num_seqs
-        return free_seat and not self.waiting and missing <= self.pool.num_available(matched)
+        return self.has_seat and not self.waiting and missing <= self.pool.num_available(matched)
 
     def uncached_tokens(self, request: Request) -> int:
         """Tokens that this engine would have to compute for a request that was not added yet."""
         self._hash(request)
         return request.num_tokens - len(self._match(request)) * self.block_size
+
+    def missing_hashes(self, request: Request) -> list[bytes]:
+        """Hashes of the prefix behind what the cache holds, for a request that was not added yet.
+
+        Without that of a block in which the last token lies: there would be nothing left to compute.
+        """
+        self._hash(request)
+        return request.block_hashes[len(self._match(request)) : self._num_usable(request)]
+
+    def begin_fill(self, request: Request, count: int) -> Fill | None:
+        """Hold the cached prefix of a request that was not added yet, and `count` fresh blocks for what comes next.
+
+        None when nothing is missing, and when the request as a whole finds no room beside those that wait. Somebody
+        writes the bytes now, outside the lock, and `end_fill` follows whatever happens.
+        """
+        hashes = self.missing_hashes(request)[:count]
+        matched = self._match(request)
+        if not hashes or not self._fits_beside_waiting(request, matched):
+            return None
+        self.pool.acquire(matched)
+        blocks = self.pool.allocate(len(hashes))
+        assert blocks is not None
+        parent = request.block_hashes[len(matched) - 1] if matched else self.hash_root
+        fill = Fill(matched, blocks, hashes, parent)
+        self.fills.append(fill)
+        return fill
+
+    def end_fill(self, fill: Fill, num_good: int) -> None:
+        """The first `num_good` blocks hold the bytes of their hashes: requests find them from now on."""
+        self.fills.remove(fill)
+        parents = [fill.parent, *fill.hashes]
+        for block, block_hash, parent in zip(fill.blocks[:num_good], fill.hashes, parents, strict=False):
+            self.pool.store(block, block_hash, parent)
+        self.pool.release(fill.table)
 
     def cancel(self, request_id: str) -> None:
         """Idempotent. Blocks are free on return, or after the step in flight."""
@@ -138,6 +169,11 @@ class Scheduler:
     def num_seats_taken(self) -> int:
         """Requests that take part in steps, now or as soon as their blocks have arrived."""
         return len(self.running) + self._num_reserved
+
+    @property
+    def has_seat(self) -> bool:
+        """Whether one more request could take part, after those that wait."""
+        return self.num_seats_taken + len(self.waiting) < self.max_num_seqs
 
     @property
     def num_reserved(self) -> int:
@@ -316,8 +352,16 @@ class Scheduler:
 
     def _match(self, request: Request) -> list[int]:
         """Held blocks of the request's prefix; at least one token is left to compute, or none could be sampled."""
-        usable = (request.num_tokens - 1) // self.block_size
-        return self.pool.match(request.block_hashes[:usable])
+        return self.pool.match(request.block_hashes[: self._num_usable(request)])
+
+    def _num_usable(self, request: Request) -> int:
+        return (request.num_tokens - 1) // self.block_size
+
+    def _fits_beside_waiting(self, request: Request, matched: list[int]) -> bool:
+        """Whether all its known tokens find room, and those that wait theirs too."""
+        missing = self._blocks_for(request.num_tokens) - len(matched)
+        wanted = sum(self._blocks_for(other.num_tokens) for other in self.waiting)
+        return missing + wanted <= self.pool.num_available(matched)
 
     def _take(self, request: Request, matched: list[int]) -> None:
         self.pool.acquire(matched)
@@ -376,7 +420,8 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise AssertionError unless lists, states and blocks agree."""
-        self.pool.check(request.block_table for request in self.requests.values())
+        tables = [request.block_table for request in self.requests.values()]
+        self.pool.check([*tables, *(fill.table for fill in self.fills)])
         reserved = sum(request.state is State.RESERVED for request in self.requests.values())
         assert reserved == self._num_reserved
         for request in self.requests.values():

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from workers.engine.block_pool import BlockPool
+from workers.engine.block_pool import BlockPool, Evicted
 from workers.protocol.hashes import block_hashes
 
 ROOT = b"\0" * 16
@@ -21,6 +21,16 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = BlockPool(num_blocks)
         self.held: list[tuple[list[int], list[bytes], int]] = []  # table, hashes, stored
         self.mirror: set[bytes] = set()  # what the events say is cached
+        self.below: dict[bytes, bytes] = {}  # hash -> parent, of what was evicted and not computed again
+        self.pool.on_evict = self.evict
+
+    def evict(self, evicted: list[Evicted]) -> None:
+        held = dict(self.pool.cached_hashes())
+        for _, block_hash, parent in evicted:
+            assert block_hash not in held, "evicted while somebody else holds it"
+            assert block_hash not in self.below, "evicted twice"
+            assert parent not in self.below, "a parent was evicted before its child"
+            self.below[block_hash] = parent
 
     @rule(prompt=st.lists(st.integers(0, 2), min_size=1, max_size=6))
     def arrive(self, prompt: list[int]) -> None:
@@ -47,6 +57,7 @@ class PoolMachine(RuleBasedStateMachine):
         upto = data.draw(st.integers(stored, len(hashes)))
         for i in range(stored, upto):
             self.pool.store(table[i], hashes[i], hashes[i - 1] if i else ROOT)
+            self.below.pop(hashes[i], None)
         self.held[index] = (table, hashes, upto)
 
     @precondition(lambda self: self.held)
@@ -70,6 +81,14 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def counts_agree(self) -> None:
         self.pool.check([table for table, _, _ in self.held])
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        """What was ever stored is cached or was given to the hook."""
+        for _, hashes, stored in self.held:
+            assert set(hashes[:stored]) <= {h for h, _ in self.pool.cached_hashes()}
+        for parent in self.below.values():
+            assert parent == ROOT or parent in self.below or parent in dict(self.pool.cached_hashes())
 
     @invariant()
     def prefix_closed(self) -> None:
@@ -112,6 +131,25 @@ def test_least_recently_used_leaf_goes_first() -> None:
     pool.release(chain)
     pool.allocate(1)
     assert pool.match([b"a" * 16, b"b" * 16]) == [chain[0]]
+
+
+def test_the_hook_is_told_before_the_blocks_are_handed_out_and_once_for_each_hash() -> None:
+    pool = BlockPool(3)
+    told: list[list[Evicted]] = []
+    pool.on_evict = told.append
+    chain, twin = pool.allocate(2), pool.allocate(1)
+    assert chain is not None
+    assert twin is not None
+    pool.store(chain[0], b"a" * 16, ROOT)
+    pool.store(chain[1], b"b" * 16, b"a" * 16)
+    pool.store(twin[0], b"a" * 16, ROOT)
+    pool.release(twin)
+    assert pool.allocate(1) == twin
+    assert told == [], "another block holds the same hash"
+    pool.release(chain)
+    pool.release(twin)
+    pool.allocate(3)
+    assert told == [[(chain[1], b"b" * 16, b"a" * 16), (chain[0], b"a" * 16, ROOT)]]
 
 
 def test_release_without_reference_is_an_error() -> None:

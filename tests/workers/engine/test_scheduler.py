@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from workers.engine.block_pool import BlockPool
+from workers.engine.fill import Fill
 from workers.engine.plan import NOT_A_NUMBER, Plan, Sampled
 from workers.engine.request import Request, State
 from workers.engine.scheduler import Scheduler
@@ -196,6 +197,43 @@ def test_new_reservations_leave_room_for_those_that_were_preempted() -> None:
     assert "young" not in scheduler.requests, "it has found no room while others came and went"
 
 
+def test_a_filled_prefix_is_found_and_only_as_far_as_it_is_good() -> None:
+    scheduler = make_scheduler()
+    prompt = list(range(1, 20))
+    request = make_request("a", prompt)
+    assert len(scheduler.missing_hashes(request)) == 4, "the last block holds tokens to compute"
+    fill = scheduler.begin_fill(request, 3)
+    assert fill is not None
+    assert (fill.first_index, len(fill.blocks), fill.parent) == (0, 3, ROOT)
+    scheduler.check()
+    assert scheduler.uncached_tokens(request) == 19, "nobody finds blocks that are being written"
+    scheduler.end_fill(fill, 2)
+    assert scheduler.pool.num_referenced == 0
+    assert scheduler.uncached_tokens(request) == 19 - 8
+    again = scheduler.begin_fill(request, 100)
+    assert again is not None
+    assert (again.first_index, again.hashes, again.parent) == (
+        2,
+        fill.hashes[2:] + again.hashes[1:],
+        fill.hashes[1],
+    )
+    scheduler.end_fill(again, 0)
+    scheduler.add(request)
+    assert run_to_end(scheduler) == {"a": expected(prompt, 4)}
+    assert request.num_cached_tokens == 8
+
+
+def test_a_fill_takes_no_block_that_a_waiting_request_needs() -> None:
+    scheduler = make_scheduler(num_blocks=8)
+    scheduler.add(make_request("waits", [1] * 20))
+    assert scheduler.begin_fill(make_request("big", [2] * 13), 1) is None
+    fill = scheduler.begin_fill(make_request("fits", [2] * 12), 9)
+    assert fill is not None
+    assert len(fill.blocks) == 2
+    scheduler.end_fill(fill, 2)
+    assert scheduler.begin_fill(make_request("has all", [2] * 12), 9) is None
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Any mix of arrivals, reservations, commits, cancels and steps: tokens stay right and nothing leaks."""
 
@@ -207,6 +245,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.tokens: dict[str, list[int]] = {}
         self.cancelled: set[str] = set()
         self.plan: Plan | None = None
+        self.fills: list[Fill] = []
 
     def _new(self, prompt: list[int], max_tokens: int, **kwargs: object) -> Request:
         self.count += 1
@@ -225,6 +264,19 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(prompt=st.lists(st.integers(1, 2), min_size=1, max_size=20), max_tokens=st.integers(1, 8))
     def reserve(self, prompt: list[int], max_tokens: int) -> None:
         self.scheduler.reserve(self._new(prompt, max_tokens))
+
+    @rule(prompt=st.lists(st.integers(1, 2), min_size=1, max_size=20), count=st.integers(1, 5))
+    def begin_fill(self, prompt: list[int], count: int) -> None:
+        fill = self.scheduler.begin_fill(make_request("never added", prompt), count)
+        if fill is not None:
+            assert 0 < len(fill.blocks) == len(fill.hashes) <= count
+            self.fills.append(fill)
+
+    @precondition(lambda self: self.fills)
+    @rule(data=st.data())
+    def end_fill(self, data: st.DataObject) -> None:
+        fill = self.fills.pop(data.draw(st.integers(0, len(self.fills) - 1)))
+        self.scheduler.end_fill(fill, data.draw(st.integers(0, len(fill.blocks))))
 
     @rule(data=st.data())
     def commit(self, data: st.DataObject) -> None:
@@ -301,6 +353,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         if self.plan is not None:
             self.update()
+        for fill in self.fills:
+            self.scheduler.end_fill(fill, 0)
         for request in list(self.scheduler.requests.values()):
             if request.state is State.RESERVED:
                 self.scheduler.cancel(request.request_id)
