@@ -33,6 +33,21 @@ class EmbeddingKind(IntEnum):
     HEAD = 2
 
 
+class RowType(IntEnum):
+    """Of the values of a row: relayout.h."""
+
+    F32 = 0
+    BF16 = 1
+    F16 = 2
+
+
+class WireType(IntEnum):
+    """Of the values of a compressed row: relayout.h."""
+
+    I8 = 0
+    F8 = 1
+
+
 class Matrix(ctypes.Structure):
     _fields_ = (
         ("format", c_int32),
@@ -119,4 +134,22 @@ class Step(ctypes.Structure):
         ("rows", c_void_p),
         ("logits", c_void_p),
         ("logits_stride", c_int64),
+    )
+
+
+class CacheView(ctypes.Structure):
+    """kernels.cache_view.CacheView, field by field."""
+
+    _fields_ = (
+        ("address", c_void_p),
+        ("num_blocks", c_int64),
+        ("num_layers", c_int64),
+        ("num_heads", c_int64),
+        ("num_tokens", c_int64),
+        ("row_bytes", c_int64),
+        ("block_stride", c_int64),
+        ("layer_stride", c_int64),
+        ("kv_stride", c_int64),
+        ("head_stride", c_int64),
+        ("token_stride", c_int64),
     )

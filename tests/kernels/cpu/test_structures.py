@@ -22,9 +22,16 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "KvCache": structures.KvCache,
     "Step": structures.Step,
     "Activations": _Activations,
+    "CacheView": structures.CacheView,
 }
 RECORDS: dict[str, np.dtype[np.void]] = {"SamplingParams": PARAMS, "SamplingResult": RESULT}
-ENUMS = (structures.Format, structures.KvType, structures.EmbeddingKind)
+ENUMS = (
+    structures.Format,
+    structures.KvType,
+    structures.EmbeddingKind,
+    structures.RowType,
+    structures.WireType,
+)
 
 
 def _layouts() -> Iterator[tuple[str, int, dict[str, tuple[int, int]]]]:
@@ -58,7 +65,7 @@ def test_layouts_are_the_compilers() -> None:
         compiler = find_compiler()
     except BuildError as error:
         pytest.skip(str(error))
-    includes = ("cstddef", "model.h", "sampling.h")
+    includes = ("cstddef", "model.h", "sampling.h", "relayout.h")
     program = "".join(f"#include <{file}>\n" for file in includes)
     program += "".join(f'static_assert({claim}, "");\n' for claim in _claims())
     command = [*compiler, "-std=c++17", "-fsyntax-only", f"-I{SOURCES}", "-xc++", "-"]
