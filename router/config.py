@@ -30,6 +30,16 @@ class GrpcConfig(Section):
     port: int = Field(9000, ge=0, le=65535, description="0: any free port")
 
 
+class TierCredit(Section):
+    """What a cached token is worth by the place from which a worker would take it."""
+
+    device: float = Field(1.0, ge=0, le=1, description="in the KV cache")
+    host: float = Field(
+        0.75, ge=0, le=1, description="in the worker's host memory (engine.host_cache_memory)"
+    )
+    disk: float = Field(0.25, ge=0, le=1, description="on the worker's disk (engine.disk_cache_memory)")
+
+
 class PolicyConfig(Section):
     """Weights of the cost of a worker, in tokens of work (router/policy.py)."""
 
@@ -39,6 +49,7 @@ class PolicyConfig(Section):
         description="a prompt with at most this many uncached tokens is prefilled by the decode worker",
     )
     cache_credit: float = Field(1.0, ge=0, le=1, description="how much a cached token lowers the cost")
+    tier_credit: TierCredit = TierCredit()
     decode_block_weight: float = Field(
         1.0, ge=0, description="cost of one KV block in use on a decode worker"
     )

@@ -26,10 +26,11 @@ from router.fleet import Fleet
 from router.prefix_index import PrefixIndex
 from workers.protocol import redis_keys
 from workers.protocol.messages import IndexBatch, WorkerInfo
+from workers.protocol.tiers import unpack_member
 
 log = logging.getLogger(__name__)
 
-# One worker's set of hashes and the number of the last batch in it, as of one moment.
+# One worker's set of (hash, tier) and the number of the last batch in it, as of one moment.
 _SNAPSHOT_SCRIPT = "return {redis.call('GET', KEYS[1]), redis.call('SMEMBERS', KEYS[2])}"
 
 _BLOCK_MS = 1000
@@ -185,8 +186,9 @@ class Discovery:
             redis_keys.index_seq(self._cluster, worker_id, epoch),
             redis_keys.index_blocks(self._cluster, worker_id, epoch),
         ]
-        seq, hashes = await script(keys=keys)
-        if seq is not None and self._index.load_snapshot(worker_id, epoch, int(seq), hashes):
+        seq, members = await script(keys=keys)
+        held = map(unpack_member, members)
+        if seq is not None and self._index.load_snapshot(worker_id, epoch, int(seq), held):
             self._synced[worker_id] = epoch
             self._metrics.snapshots.inc()
 

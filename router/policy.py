@@ -5,6 +5,9 @@ Pure: frozen inputs, an injected random source for ties, no clock. Costs are in 
     decode share   = queued_prefill + prompt − credit·cached + decode_weight·active_blocks     of D
     prefill share  = queued_prefill + prompt − credit·cached                                   of P
 
+`credit` is less where cached blocks lie in a slower tier and have to be loaded first (`policy.tier_credit`); whether
+they are uncached, that is have to be computed, is another question: they are not.
+
 A pair costs the sum of both shares. A D that can prefill what it lacks by itself (at most `local_prefill_max`
 tokens, or because there is no prefill worker) needs no P and costs only its own share.
 """
@@ -16,8 +19,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from router.config import PolicyConfig
+from router.prefix_index import CachedPrefix
 from workers.protocol.messages import Role
 
+_NOTHING = CachedPrefix(0)
 PREFILL_EVERYTHING = 2**31 - 1  # as Reserve.local_prefill_max: there is no prefill worker
 
 
@@ -37,7 +42,7 @@ class Demand:
 
     prompt_tokens: int  # to be in the KV cache before the next token; a resumed request's output included
     block_size: int
-    cached_blocks: Mapping[str, int]  # worker -> longest cached prefix, in blocks (PrefixIndex.match)
+    cached_blocks: Mapping[str, CachedPrefix]  # worker -> longest cached prefix (PrefixIndex.match)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,7 @@ class Score:
     worker_id: str
     role: Role
     queued_prefill_tokens: int
-    cached_tokens: int
+    cached_tokens: int  # in any tier
     uncached_tokens: int
     active_blocks: int
     cost: float
@@ -101,8 +106,10 @@ class Policy:
         )
 
     def _score(self, demand: Demand, view: WorkerView) -> Score:
-        cached = min(demand.cached_blocks.get(view.worker_id, 0) * demand.block_size, demand.prompt_tokens)
-        cost = view.queued_prefill_tokens + demand.prompt_tokens - self._config.cache_credit * cached
+        prefix = demand.cached_blocks.get(view.worker_id, _NOTHING)
+        cached = min(prefix.blocks * demand.block_size, demand.prompt_tokens)
+        saved = cached * self._config.cache_credit * self._worth(prefix)
+        cost = view.queued_prefill_tokens + demand.prompt_tokens - saved
         if view.role == "decode":
             cost += self._config.decode_block_weight * view.active_blocks
         return Score(
@@ -114,6 +121,14 @@ class Policy:
             active_blocks=view.active_blocks,
             cost=cost,
         )
+
+    def _worth(self, prefix: CachedPrefix) -> float:
+        """Of a cached token, on the average over the tiers that the prefix lies in."""
+        credit = self._config.tier_credit
+        if prefix.device == prefix.blocks:
+            return credit.device
+        worth = credit.device * prefix.device + credit.host * prefix.host + credit.disk * prefix.disk
+        return worth / prefix.blocks
 
     def _cheapest(self, scores: Sequence[Score]) -> Score | None:
         return self._pick(scores, [score.cost for score in scores]) if scores else None

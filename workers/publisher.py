@@ -23,12 +23,10 @@ from redis.retry import Retry
 
 from workers.protocol import redis_keys
 from workers.protocol.messages import IndexBatch, WorkerInfo
+from workers.protocol.tiers import MEMBER_BYTES, Removed, Stored, pack_member
 
 log = logging.getLogger(__name__)
 
-Stored = tuple[bytes, bytes]  # (hash, parent hash)
-
-TIER = "device"
 _HASHES_PER_BATCH = 1024
 _LOG_LENGTH = 4096  # batches kept in the stream; a router that is further behind reads a snapshot
 _MAX_PENDING = 65_536  # hashes; more than that and a snapshot is cheaper
@@ -36,8 +34,10 @@ _GATHER_S = 0.005  # seconds given to further events before a batch is sent
 _MAX_BACKOFF_S = 1.0
 
 # Appends one batch to the log and to the snapshot, together. Returns 1, or 0 when it is not the batch that follows.
-# KEYS log, blocks, seq. ARGV batch, seq, cleared, removed, stored (16-byte hashes, concatenated), ttl ms, log length.
-_PUBLISH_SCRIPT = """
+# KEYS log, blocks, seq. ARGV batch, seq, cleared, removed, stored (members, concatenated), ttl ms, log length.
+_PUBLISH_SCRIPT = (
+    f"local WIDTH = {MEMBER_BYTES}"
+    + """
 local seq = tonumber(ARGV[2])
 if ARGV[3] == '1' then
   redis.call('DEL', KEYS[2])
@@ -45,15 +45,15 @@ elseif tonumber(redis.call('GET', KEYS[3]) or '-1') ~= seq - 1 then
   return 0
 end
 local function each(command, blob)
-  local hashes = {}
-  for i = 1, #blob, 16 do
-    hashes[#hashes + 1] = string.sub(blob, i, i + 15)
-    if #hashes == 1000 then  -- unpack() has a limited stack
-      redis.call(command, KEYS[2], unpack(hashes))
-      hashes = {}
+  local members = {}
+  for i = 1, #blob, WIDTH do
+    members[#members + 1] = string.sub(blob, i, i + WIDTH - 1)
+    if #members == 1000 then  -- unpack() has a limited stack
+      redis.call(command, KEYS[2], unpack(members))
+      members = {}
     end
   end
-  if #hashes > 0 then redis.call(command, KEYS[2], unpack(hashes)) end
+  if #members > 0 then redis.call(command, KEYS[2], unpack(members)) end
 end
 each('SREM', ARGV[4])
 each('SADD', ARGV[5])
@@ -62,6 +62,7 @@ redis.call('SET', KEYS[3], ARGV[2], 'PX', ARGV[6])
 redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[7], '*', 'b', ARGV[1])
 return 1
 """
+)
 
 # Renews registration, lease and the index keys. Returns the seq in Redis (-1: none), or -2 when a later life of this
 # worker holds the lease.
@@ -89,9 +90,9 @@ end
 class Publisher:
     """`publish` may be called from any one thread at a time; everything else happens on the publisher's own.
 
-    `snapshot` answers (hash, parent) of everything held. It is called on the publisher's thread, and `publish` must
+    `snapshot` answers (hash, parent, tier) of everything held. It is called on the publisher's thread, and `publish` must
     have been given every change that the answer reflects *before* it returns. With an engine: take the lock, publish
-    what the pool has to tell (`drain_events`), then list what it holds; and publish under the same lock elsewhere.
+    what pool and tiers have to tell (`drain_events`), then list what it holds; and publish under the same lock elsewhere.
     Changes that are published once more after a snapshot do no harm, changes that never are would.
     """
 
@@ -120,9 +121,8 @@ class Publisher:
         self._lease_ms = max(1, round(lease_s * 1000))
         self._ttl_ms = 3 * self._lease_ms  # of index keys: they outlive a short pause, not the worker
         self._changed = threading.Condition()
-        self._pending: dict[
-            bytes, bytes | None
-        ] = {}  # hash -> parent when stored, None when removed: the last
+        # (hash, tier) -> parent when stored, None when removed: the last that happened
+        self._pending: dict[Removed, bytes | None] = {}
         self._synced = False  # what Redis holds + pending = what the worker holds
         self._closing = False
         self._seq = 0
@@ -142,17 +142,17 @@ class Publisher:
     def start(self) -> None:
         self._thread.start()
 
-    def publish(self, stored: Sequence[Stored], removed: Sequence[bytes]) -> None:
+    def publish(self, stored: Sequence[Stored], removed: Sequence[Removed]) -> None:
         """Take note of changes: `removed` happened before `stored`, and both after all earlier calls. Never blocks."""
         if not stored and not removed:
             return
         with self._changed:
             if not self._synced:
                 return  # the snapshot will tell
-            for block_hash in removed:
-                self._pending[block_hash] = None
-            for block_hash, parent in stored:
-                self._pending[block_hash] = parent
+            for gone in removed:
+                self._pending[gone] = None
+            for block_hash, parent, tier in stored:
+                self._pending[block_hash, tier] = parent
             if len(self._pending) > _MAX_PENDING:
                 self._forget_pending()
             self._changed.notify()
@@ -234,14 +234,14 @@ class Publisher:
         with self._changed:
             changes, self._pending = self._pending, {}
         rest = iter(changes.items())
-        # No hash is in two batches, so their order among each other does not matter; within one, removed go first.
+        # Nothing is in two batches, so their order among each other does not matter; within one, removed go first.
         while chunk := list(islice(rest, _HASHES_PER_BATCH)):
-            stored = [(block_hash, parent) for block_hash, parent in chunk if parent is not None]
-            removed = [block_hash for block_hash, parent in chunk if parent is None]
+            stored = [(h, parent, tier) for (h, tier), parent in chunk if parent is not None]
+            removed = [gone for gone, parent in chunk if parent is None]
             if not self._send(stored, removed, cleared=False):
                 return
 
-    def _send(self, stored: list[Stored], removed: list[bytes], *, cleared: bool) -> bool:
+    def _send(self, stored: list[Stored], removed: list[Removed], *, cleared: bool) -> bool:
         """False: Redis does not hold the batch before this one; everything has to be published anew."""
         # A number is used up even when the answer is lost: if Redis has taken the batch, routers know it by that number.
         seq = self._seq = self._seq + 1
@@ -249,8 +249,8 @@ class Publisher:
             worker_id=self._info.worker_id,
             epoch=self._info.epoch,
             seq=seq,
-            stored=[(block_hash, parent, TIER) for block_hash, parent in stored],
-            removed=[(block_hash, TIER) for block_hash in removed],
+            stored=stored,
+            removed=removed,
             cleared=cleared,
         )
         taken = self._publish_script(
@@ -259,8 +259,8 @@ class Publisher:
                 msgspec.msgpack.encode(batch),
                 seq,
                 "1" if cleared else "0",
-                b"".join(removed),
-                b"".join(block_hash for block_hash, _ in stored),
+                b"".join(pack_member(block_hash, tier) for block_hash, tier in removed),
+                b"".join(pack_member(block_hash, tier) for block_hash, _, tier in stored),
                 self._ttl_ms,
                 _LOG_LENGTH,
             ],

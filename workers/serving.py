@@ -32,6 +32,7 @@ from workers.protocol.messages import (
     TokenDelta,
     Tokens,
 )
+from workers.protocol.tiers import Removed, Stored
 from workers.transfer.block_memory import BlockMemory
 from workers.transfer.handoff import Handoff, Handoffs
 from workers.transfer.tickets import Arrival, Tickets
@@ -43,7 +44,7 @@ _STUCK_S = (
     120.0  # a step that takes longer will not end: a chunk of an 8B model on one core takes about one minute
 )
 
-CacheSink = Callable[[list[tuple[bytes, bytes]], list[bytes]], None]
+CacheSink = Callable[[list[Stored], list[Removed]], None]
 
 
 class Owner(Protocol):
@@ -321,9 +322,9 @@ class Serving:
     def publish_cache(self) -> None:
         """Tell the index what the prefix cache has gained and lost since the last call."""
         with self._engine.lock:
-            events = self._engine.pool.drain_events()
-            if events is not None:
-                self._publish(events.stored, events.removed)
+            stored, removed = self._engine.drain_events()
+            if stored or removed:
+                self._publish(stored, removed)
 
     def check(self) -> None:
         """Raise AssertionError unless blocks, leases and owners agree."""

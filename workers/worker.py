@@ -14,6 +14,7 @@ from workers.engine.engine import Engine
 from workers.metrics import WorkerMetrics
 from workers.models.catalog import prepare_model
 from workers.protocol.messages import StatusReply, StatusRequest, WorkerInfo
+from workers.protocol.tiers import Removed, Stored
 from workers.publisher import Publisher
 from workers.serving import Serving
 from workers.token_server import TokenServer
@@ -114,7 +115,7 @@ class Worker:
                 leases=len(self.serving.tickets) + len(self.serving.handoffs),
                 requests=self.serving.num_requests(),
                 peers=self.serving.handoffs.channels(),
-                hashes=[h for h, _ in self.engine.pool.cached_hashes()] if request.want_hashes else [],
+                hashes=list({h: None for h, _, _ in self.engine.cached()}) if request.want_hashes else [],
                 metrics=self._metrics.text() if request.want_metrics else b"",
             )
 
@@ -137,12 +138,12 @@ class Worker:
             endpoints=self._receiver.endpoints if self._receiver is not None else [],
         )
 
-    def _publish(self, stored: list[tuple[bytes, bytes]], removed: list[bytes]) -> None:
+    def _publish(self, stored: list[Stored], removed: list[Removed]) -> None:
         if self._publisher is not None:
             self._publisher.publish(stored, removed)
 
-    def _snapshot(self) -> list[tuple[bytes, bytes]]:
-        """What the cache holds now. What has changed before is published first: see Publisher."""
+    def _snapshot(self) -> list[Stored]:
+        """What the caches hold now. What has changed before is published first: see Publisher."""
         with self.engine.lock:
             self.serving.publish_cache()
-            return self.engine.pool.cached_hashes()
+            return self.engine.cached()

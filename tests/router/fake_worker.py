@@ -41,6 +41,7 @@ from workers.protocol.messages import (
     Work,
     WorkerInfo,
 )
+from workers.protocol.tiers import DEVICE, Removed, Stored
 
 SECRET = b"a secret for tests only"
 VOCABULARY = 50_000
@@ -106,7 +107,7 @@ class FakeWorker:
         timeout_s: float = 2.0,
         peers: dict[str, FakeWorker] | None = None,
         hook: Hook = lambda stage, work: None,
-        on_cache: Callable[[list[tuple[bytes, bytes]], list[bytes]], None] = lambda stored, removed: None,
+        on_cache: Callable[[list[Stored], list[Removed]], None] = lambda stored, removed: None,
         on_death: Callable[[FakeWorker], None] = lambda worker: None,
     ) -> None:
         self.worker_id, self.role, self.epoch, self.num_blocks = worker_id, role, epoch, num_blocks
@@ -191,10 +192,10 @@ class FakeWorker:
             free_blocks=self.num_blocks - self.used_blocks,
         )
 
-    def cached(self) -> list[tuple[bytes, bytes]]:
+    def cached(self) -> list[Stored]:
         """The snapshot for a publisher."""
         with self.cache_lock:
-            return list(self.cache.items())
+            return [(block_hash, parent, DEVICE) for block_hash, parent in self.cache.items()]
 
     # --- connections ------------------------------------------------------------------------------------------------
 
@@ -360,15 +361,15 @@ class FakeWorker:
     def _store(self, work: Work, output: list[int]) -> None:
         hashes = block_hashes(work.prompt + output, BLOCK, ROOT, work.cache_salt)
         with self.cache_lock:
-            stored = []
+            stored: list[Stored] = []
             for parent, block_hash in zip([ROOT, *hashes], hashes, strict=False):
                 if block_hash not in self.cache:
-                    stored.append((block_hash, parent))
+                    stored.append((block_hash, parent, DEVICE))
                 self.cache[block_hash] = parent
                 self.cache.move_to_end(block_hash)
-            removed = []
+            removed: list[Removed] = []
             while len(self.cache) > self.num_blocks:
-                removed.append(self.cache.popitem(last=False)[0])
+                removed.append((self.cache.popitem(last=False)[0], DEVICE))
             self.on_cache(stored, [])
             self.on_cache([], removed)
 

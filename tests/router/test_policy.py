@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from router.config import PolicyConfig
 from router.policy import PREFILL_EVERYTHING, Demand, Policy, WorkerView
+from router.prefix_index import CachedPrefix
 
 
 def decode(worker_id: str, queued: int = 0, blocks: int = 0) -> WorkerView:
@@ -22,8 +23,9 @@ def policy(**settings) -> Policy:
     return Policy(PolicyConfig(**settings), random.Random(1))
 
 
-def demand(prompt: int = 1000, **cached_blocks: int) -> Demand:
-    return Demand(prompt, 16, cached_blocks)
+def demand(prompt: int = 1000, **cached_blocks: int | CachedPrefix) -> Demand:
+    prefixes = {w: CachedPrefix(c) if isinstance(c, int) else c for w, c in cached_blocks.items()}
+    return Demand(prompt, 16, prefixes)
 
 
 def test_nobody_to_choose_from():
@@ -75,6 +77,22 @@ def test_more_cached_than_the_prompt_is_worth_the_prompt():
     assert policy().choose(demand(10, d=5), [decode("d")]).decode.uncached_tokens == 0
 
 
+def test_slower_tiers_are_worth_less_but_are_cached_all_the_same():
+    views = [decode("d"), decode("h"), decode("k"), prefill("p")]
+    held = {"d": CachedPrefix(40), "h": CachedPrefix(40, host=30), "k": CachedPrefix(40, host=10, disk=20)}
+    choice = policy(cache_credit=0.5, local_prefill_max=500).choose(demand(1000, **held), views)
+    cost = {score.worker_id: score.cost for score in choice.scores}
+    assert cost["d"] == 1000 - 0.5 * 16 * 40
+    assert cost["h"] == 1000 - 0.5 * 16 * (10 + 0.75 * 30)
+    assert cost["k"] == 1000 - 0.5 * 16 * (10 + 0.75 * 10 + 0.25 * 20)
+    assert {s.uncached_tokens for s in choice.scores if s.role == "decode"} == {360}
+    # What has to be loaded first need not be computed: no prefill worker, although the credit is small.
+    only_disk = demand(1024, k=CachedPrefix(60, disk=60))
+    assert policy(local_prefill_max=64).choose(only_disk, [decode("k"), prefill("p")]).prefill is None
+    equal = policy(tier_credit={"host": 1, "disk": 1}).choose(demand(1000, **held), views)
+    assert len({s.cost for s in equal.scores if s.role == "decode"}) == 1
+
+
 def test_ties_are_broken_at_random():
     chooser = policy()
     views = [decode("d1"), decode("d2"), decode("d3"), prefill("p1"), prefill("p2")]
@@ -100,7 +118,7 @@ def test_no_pair_is_cheaper(decodes, prefills, prompt):
     views += [prefill(f"p{i}", q) for i, (q, _) in enumerate(prefills)]
     cached = {f"d{i}": c for i, (_, _, c) in enumerate(decodes)}
     cached |= {f"p{i}": c for i, (_, c) in enumerate(prefills)}
-    choice = policy(local_prefill_max=64).choose(Demand(prompt, 16, cached), views)
+    choice = policy(local_prefill_max=64).choose(demand(prompt, **cached), views)
 
     def tokens(worker: str) -> int:
         return min(16 * cached[worker], prompt)

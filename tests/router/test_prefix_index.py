@@ -7,8 +7,9 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.prefix_index import PrefixIndex
+from router.prefix_index import CachedPrefix, PrefixIndex
 from workers.protocol.messages import IndexBatch
+from workers.protocol.tiers import DEVICE, DISK, HOST, TIERS
 
 
 def h(number: int) -> bytes:
@@ -23,6 +24,10 @@ def removed(*numbers: int) -> list[tuple[bytes, str]]:
     return [(h(n), "device") for n in numbers]
 
 
+def on_device(*numbers: int) -> list[tuple[bytes, str]]:
+    return [(h(n), DEVICE) for n in numbers]
+
+
 def prefix_length(held: set[bytes], hashes: list[bytes]) -> int:
     count = 0
     for block_hash in hashes:
@@ -34,12 +39,12 @@ def prefix_length(held: set[bytes], hashes: list[bytes]) -> int:
 
 def test_match_counts_the_contiguous_prefix_of_each_worker():
     index = PrefixIndex()
-    index.load_snapshot("a", 1, 0, [h(1), h(2), h(3)])
-    index.load_snapshot("b", 1, 0, [h(1), h(3)])
-    index.load_snapshot("c", 1, 0, [h(2)])
+    index.load_snapshot("a", 1, 0, on_device(1, 2, 3))
+    index.load_snapshot("b", 1, 0, on_device(1, 3))
+    index.load_snapshot("c", 1, 0, on_device(2))
     index.load_snapshot("d", 1, 0, [])
-    assert index.match([h(1), h(2), h(3), h(4)]) == {"a": 3, "b": 1}
-    assert index.match([h(1), h(2)]) == {"a": 2, "b": 1}
+    assert index.match([h(1), h(2), h(3), h(4)]) == {"a": CachedPrefix(3), "b": CachedPrefix(1)}
+    assert index.match([h(1), h(2)]) == {"a": CachedPrefix(2), "b": CachedPrefix(1)}
     assert index.match([h(9)]) == {}
     assert index.match([]) == {}
     assert PrefixIndex().match([h(1)]) == {}
@@ -52,13 +57,13 @@ def test_a_gap_is_told_and_changes_nothing_until_the_snapshot():
     assert index.apply(IndexBatch("a", 1, 3, stored=stored(3))) is True
     assert index.hashes("a") == {h(1)}
     assert index.position("a", 1) == 1
-    assert index.load_snapshot("a", 1, 3, [h(1), h(2), h(3)])
-    assert index.match([h(1), h(2), h(3)]) == {"a": 3}
+    assert index.load_snapshot("a", 1, 3, on_device(1, 2, 3))
+    assert index.match([h(1), h(2), h(3)]) == {"a": CachedPrefix(3)}
 
 
 def test_cleared_needs_nothing_before_it_and_removed_goes_before_stored():
     index = PrefixIndex()
-    index.load_snapshot("a", 1, 2, [h(1), h(2)])
+    index.load_snapshot("a", 1, 2, on_device(1, 2))
     batch = IndexBatch("a", 1, 9, stored=stored(5), removed=removed(5, 1), cleared=True)
     assert index.apply(batch) is False
     assert index.hashes("a") == {h(5)}
@@ -67,11 +72,11 @@ def test_cleared_needs_nothing_before_it_and_removed_goes_before_stored():
 
 def test_old_lives_and_unknown_workers_change_nothing():
     index = PrefixIndex()
-    index.load_snapshot("a", 2, 5, [h(1)])
+    index.load_snapshot("a", 2, 5, on_device(1))
     assert index.apply(IndexBatch("a", 1, 6, stored=stored(7))) is False
     assert index.apply(IndexBatch("x", 1, 6, stored=stored(7))) is False
-    assert index.load_snapshot("a", 1, 99, [h(7)]) is False
-    assert index.load_snapshot("a", 2, 4, [h(7)]) is False
+    assert index.load_snapshot("a", 1, 99, on_device(7)) is False
+    assert index.load_snapshot("a", 2, 4, on_device(7)) is False
     assert index.hashes("a") == {h(1)}
     assert index.workers() == ["a"]
     assert index.load_snapshot("a", 3, 0, [])  # a new life begins with nothing
@@ -81,7 +86,7 @@ def test_old_lives_and_unknown_workers_change_nothing():
 def test_drop_frees_everything_and_slots_are_used_again():
     index = PrefixIndex()
     for round_ in range(100):
-        index.load_snapshot(f"w{round_}", 1, 1, [h(1), h(round_ + 2)])
+        index.load_snapshot(f"w{round_}", 1, 1, on_device(1, round_ + 2))
         index.drop(f"w{round_}")
         index.drop(f"w{round_}")
     assert len(index) == 0
@@ -91,15 +96,15 @@ def test_drop_frees_everything_and_slots_are_used_again():
 
 def test_guesses_are_bounded_and_vanish_with_the_snapshot():
     index = PrefixIndex()
-    index.load_snapshot("a", 1, 4, [h(1)])
+    index.load_snapshot("a", 1, 4, on_device(1))
     index.note_routed("a", 1, [h(n) for n in range(1, 8)], capacity=3)
     assert index.num_guesses("a") == 3
     assert index.num_blocks("a") == 4
     index.note_routed("a", 1, [h(2), h(3)], capacity=3)
-    assert index.match([h(1), h(2), h(3)]) == {"a": 3}
+    assert index.match([h(1), h(2), h(3)]) == {"a": CachedPrefix(3)}
     index.apply(IndexBatch("a", 1, 5, stored=stored(2), removed=removed(3)))  # facts replace guesses
-    assert index.match([h(1), h(2), h(3)]) == {"a": 2}
-    assert index.load_snapshot("a", 1, 5, [h(1), h(2)])
+    assert index.match([h(1), h(2), h(3)]) == {"a": CachedPrefix(2)}
+    assert index.load_snapshot("a", 1, 5, on_device(1, 2))
     assert index.num_guesses("a") == 0
     assert index.hashes("a") == {h(1), h(2)}
     assert len(index) == 2
@@ -108,7 +113,7 @@ def test_guesses_are_bounded_and_vanish_with_the_snapshot():
 def test_guesses_about_a_worker_without_a_snapshot():
     index = PrefixIndex()
     index.note_routed("a", 7, [h(1)], capacity=10)
-    assert index.match([h(1)]) == {"a": 1}
+    assert index.match([h(1)]) == {"a": CachedPrefix(1)}
     index.note_routed("a", 6, [h(2)], capacity=10)  # an older life
     assert index.num_blocks("a") == 1
     index.note_routed("a", 8, [h(3)], capacity=10)
@@ -140,7 +145,7 @@ def test_the_index_is_exactly_what_the_worker_held_at_its_seq(script, rng: rando
     log: list[IndexBatch] = []
 
     def snapshot(worker: str) -> None:
-        index.load_snapshot(worker, epochs[worker], seqs[worker], truth[worker])
+        index.load_snapshot(worker, epochs[worker], seqs[worker], [(x, DEVICE) for x in truth[worker]])
 
     for number, put, take, clear, restart in script:
         worker = f"w{number}"
@@ -181,8 +186,85 @@ def test_the_index_is_exactly_what_the_worker_held_at_its_seq(script, rng: rando
             snapshot(name)
     chain = [h(n) for n in data.draw(st.lists(st.integers(1, 12), max_size=12))]
     expected = {name: prefix_length(held, chain) for name, held in truth.items()}
-    assert index.match(chain) == {name: count for name, count in expected.items() if count}
+    assert index.match(chain) == {name: CachedPrefix(count) for name, count in expected.items() if count}
     assert len(index) == len(set().union(*truth.values()))
     for name in truth:
         index.drop(name)
     assert len(index) == 0
+
+
+def test_match_tells_the_tiers_of_the_prefix():
+    index = PrefixIndex()
+    index.load_snapshot("a", 1, 0, [(h(1), DEVICE), (h(1), HOST), (h(2), HOST), (h(2), DISK), (h(3), DISK)])
+    index.load_snapshot("b", 1, 0, [*on_device(1, 2), (h(4), HOST)])
+    chain = [h(1), h(2), h(3), h(4)]
+    assert index.match(chain) == {"a": CachedPrefix(3, host=1, disk=1), "b": CachedPrefix(2)}
+    index.apply(IndexBatch("a", 1, 1, removed=[(h(1), DEVICE), (h(2), HOST), (h(9), DISK)]))
+    assert index.match(chain)["a"] == CachedPrefix(3, host=1, disk=2)
+    index.apply(IndexBatch("a", 1, 2, removed=[(h(2), DISK), (h(3), "tape")]))
+    assert index.match(chain)["a"] == CachedPrefix(1, host=1)
+    assert index.hashes("a") == {h(1)}
+    assert (index.hashes("a", HOST), index.hashes("a", DEVICE)) == ({h(1)}, frozenset())
+    for name in ("a", "b"):
+        index.drop(name)
+    assert {**index._masks, **index._host_masks, **index._disk_masks} == {}
+
+
+tier_changes = st.lists(
+    st.tuples(
+        st.integers(0, 2),  # worker
+        st.frozensets(st.tuples(st.integers(1, 8), st.sampled_from(TIERS)), max_size=8),  # stored
+        st.frozensets(st.tuples(st.integers(1, 8), st.sampled_from(TIERS)), max_size=8),  # removed
+        st.sampled_from(["batch", "batch", "batch", "cleared", "snapshot", "guess"]),
+    ),
+    max_size=30,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(tier_changes, st.lists(st.integers(1, 8), max_size=10))
+def test_tiers_are_what_a_search_of_all_of_them_finds(script, numbers):
+    index = PrefixIndex()
+    truth: dict[str, set[tuple[bytes, str]]] = {f"w{i}": set() for i in range(3)}
+    seqs = dict.fromkeys(truth, 0)
+    guesses: dict[str, set[bytes]] = {name: set() for name in truth}
+    for name in truth:
+        index.load_snapshot(name, 1, 0, [])
+    for number, put, take, kind in script:
+        name = f"w{number}"
+        stored_now = {(h(n), tier) for n, tier in put}
+        removed_now = {(h(n), tier) for n, tier in take}
+        if kind == "guess":
+            index.note_routed(name, 1, [block_hash for block_hash, _ in stored_now], capacity=100)
+            guesses[name] |= {x for x, _ in stored_now} - {x for x, _ in truth[name]}
+            continue
+        seqs[name] += 1
+        if kind == "snapshot":
+            truth[name] = stored_now
+            guesses[name] = set()
+            index.load_snapshot(name, 1, seqs[name], stored_now)
+            continue
+        if kind == "cleared":
+            truth[name] = set()
+            guesses[name] = set()
+        truth[name] = (truth[name] - removed_now) | stored_now
+        guesses[name] -= {x for x, _ in removed_now | stored_now}
+        put_list = [(x, b"", tier) for x, tier in stored_now]
+        batch = IndexBatch(name, 1, seqs[name], put_list, list(removed_now), cleared=kind == "cleared")
+        assert index.apply(batch) is False
+    chain = [h(n) for n in numbers]
+    expected = {}
+    for name, held in truth.items():
+        best = []
+        for block_hash in chain:
+            tiers = [tier for tier in TIERS if (block_hash, tier) in held]
+            if not tiers and block_hash not in guesses[name]:
+                break
+            best.append(tiers[0] if tiers else DEVICE)
+        if best:
+            expected[name] = CachedPrefix(len(best), best.count(HOST), best.count(DISK))
+    assert index.match(chain) == expected
+    for name, held in truth.items():
+        assert all(index.hashes(name, tier) == {x for x, t in held if t == tier} for tier in TIERS)
+        index.drop(name)
+    assert {**index._masks, **index._host_masks, **index._disk_masks} == {}

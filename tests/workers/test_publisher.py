@@ -14,6 +14,7 @@ from tests.valkey_server import EmbeddedValkey
 from workers.engine.block_pool import BlockPool
 from workers.protocol import redis_keys
 from workers.protocol.messages import IndexBatch, KvLayout, WorkerInfo
+from workers.protocol.tiers import DEVICE, DISK, HOST, Removed, Stored, pack_member, unpack_member
 from workers.publisher import Publisher
 
 CLUSTER = "test"
@@ -26,6 +27,10 @@ LOG = redis_keys.index_stream(CLUSTER)
 
 def h(number: int) -> bytes:
     return number.to_bytes(16, "little")
+
+
+def members(*numbers: int, tier: str = DEVICE) -> set[bytes]:
+    return {pack_member(h(n), tier) for n in numbers}
 
 
 def info(epoch: int = 5) -> WorkerInfo:
@@ -51,19 +56,23 @@ class Cache:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.held: dict[bytes, bytes] = {}
+        self.held: dict[tuple[bytes, str], bytes] = {}
         self.publisher: Publisher | None = None
 
-    def snapshot(self) -> list[tuple[bytes, bytes]]:
+    def snapshot(self) -> list[Stored]:
         with self.lock:
-            return list(self.held.items())
+            return [(block_hash, parent, tier) for (block_hash, tier), parent in self.held.items()]
 
-    def change(self, stored: list[int], removed: list[int] = ()) -> None:
+    def members(self) -> set[bytes]:
+        with self.lock:
+            return {pack_member(*key) for key in self.held}
+
+    def change(self, stored: list[int], removed: list[int] = (), tier: str = DEVICE) -> None:
         with self.lock:
             for number in removed:
-                self.held.pop(h(number), None)
-            self.held |= {h(n): h(n - 1) for n in stored}
-            self.publisher.publish([(h(n), h(n - 1)) for n in stored], [h(n) for n in removed])
+                self.held.pop((h(number), tier), None)
+            self.held |= {(h(n), tier): h(n - 1) for n in stored}
+            self.publisher.publish([(h(n), h(n - 1), tier) for n in stored], [(h(n), tier) for n in removed])
 
 
 def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
@@ -84,8 +93,8 @@ def replay(client) -> set[bytes]:
         last = batch.seq
         if batch.cleared:
             held.clear()
-        held -= {block_hash for block_hash, _ in batch.removed}
-        held |= {block_hash for block_hash, _, _ in batch.stored}
+        held -= {pack_member(*gone) for gone in batch.removed}
+        held |= {pack_member(block_hash, tier) for block_hash, _, tier in batch.stored}
     assert last == int(client.get(SEQ))
     return held
 
@@ -102,7 +111,7 @@ def own_cache(own_valkey: EmbeddedValkey):
 
 def running(valkey: EmbeddedValkey):
     cache = Cache()
-    cache.held = {h(1): h(0)}
+    cache.held = {(h(1), DEVICE): h(0)}
     cache.publisher = Publisher(info(), valkey.url, CLUSTER, 0.6, cache.snapshot)
     cache.publisher.start()
     until(lambda: cache.publisher.synced)
@@ -112,7 +121,7 @@ def running(valkey: EmbeddedValkey):
 
 def test_registration_lease_and_first_snapshot(valkey, cache):
     with valkey.client() as client:
-        until(lambda: client.smembers(BLOCKS) == {h(1)})
+        until(lambda: client.smembers(BLOCKS) == members(1))
         assert msgspec.msgpack.decode(client.hget(WORKERS, "w"), type=WorkerInfo) == info()
         assert client.get(LEASE) == b"5"
         for _ in range(4):
@@ -128,9 +137,22 @@ def test_log_and_set_agree_and_order_is_kept(valkey, cache):
             cache.change([n], removed=[n - 1] if n % 3 else [])
         cache.change([2], removed=[2])  # both in one step: it is held
         cache.change([], removed=[299])
-        until(lambda: client.smembers(BLOCKS) == set(cache.held))
-        assert replay(client) == set(cache.held)
+        until(lambda: client.smembers(BLOCKS) == cache.members())
+        assert replay(client) == cache.members()
         assert client.xlen(LOG) < 100  # coalesced
+
+
+def test_a_block_is_held_in_each_tier_by_itself(valkey, cache):
+    with valkey.client() as client:
+        cache.change([1, 2], tier=HOST)
+        cache.change([2, 3], tier=DISK)
+        cache.change([], removed=[1])
+        cache.change([], removed=[2], tier=HOST)
+        expected = members(1, tier=HOST) | members(2, 3, tier=DISK)
+        until(lambda: client.smembers(BLOCKS) == expected)
+        assert replay(client) == expected
+        assert unpack_member(pack_member(h(7), DISK)) == (h(7), DISK)
+        assert unpack_member(h(7) + b"9") == (h(7), DISK), "a tier of a later version"
 
 
 def test_more_hashes_than_lua_can_unpack(valkey, cache):
@@ -139,7 +161,7 @@ def test_more_hashes_than_lua_can_unpack(valkey, cache):
         until(lambda: client.scard(BLOCKS) == 20_000)
         cache.change([], removed=list(range(1, 20_000)))
         until(lambda: client.scard(BLOCKS) == 1)
-        assert replay(client) == {h(20_000)}
+        assert replay(client) == members(20_000)
 
 
 def test_too_many_changes_at_once_become_a_snapshot(valkey, cache):
@@ -159,18 +181,18 @@ def test_close_leaves_nothing_but_the_log(valkey, cache):
 def test_a_flush_is_noticed_without_any_traffic(valkey, cache):
     with valkey.client() as client:
         client.flushall()
-        until(lambda: client.smembers(BLOCKS) == {h(1)})
+        until(lambda: client.smembers(BLOCKS) == members(1))
         assert client.get(LEASE) == b"5"
-        assert replay(client) == {h(1)}
+        assert replay(client) == members(1)
 
 
 def test_a_wrong_seq_is_refused_and_everything_published_anew(valkey, cache):
     with valkey.client() as client:
         until(lambda: client.get(SEQ) == b"2")
         client.set(SEQ, 77)
-        client.sadd(BLOCKS, h(99))
+        client.sadd(BLOCKS, pack_member(h(99), HOST))
         cache.change([2])
-        until(lambda: client.smembers(BLOCKS) == {h(1), h(2)})
+        until(lambda: client.smembers(BLOCKS) == members(1, 2))
         assert int(client.get(SEQ)) < 77
 
 
@@ -182,8 +204,8 @@ def test_redis_comes_back_empty(own_valkey, own_cache):
     assert not own_cache.publisher._pending
     own_valkey.start()
     with own_valkey.client() as client:
-        until(lambda: client.smembers(BLOCKS) == {h(4999)})
-        assert replay(client) == {h(4999)}
+        until(lambda: client.smembers(BLOCKS) == members(4999))
+        assert replay(client) == members(4999)
         assert client.get(LEASE) == b"5"
 
 
@@ -195,7 +217,7 @@ def test_redis_is_away_at_the_start_and_at_the_end(own_valkey):
     cache.change([1])
     own_valkey.start()
     with own_valkey.client() as client:
-        until(lambda: client.smembers(BLOCKS) == {h(1)})
+        until(lambda: client.smembers(BLOCKS) == members(1))
     own_valkey.stop()
     cache.publisher.close()
 
@@ -205,7 +227,7 @@ def test_a_pause_in_the_middle_of_a_write_does_not_reuse_its_number(own_valkey, 
     publisher = own_cache.publisher
     with own_valkey.client() as client:
         own_cache.change([2])
-        until(lambda: client.smembers(BLOCKS) == {h(1), h(2)})
+        until(lambda: client.smembers(BLOCKS) == members(1, 2))
         real = publisher._publish_script
 
         def lose_the_answer(**kwargs):
@@ -217,8 +239,8 @@ def test_a_pause_in_the_middle_of_a_write_does_not_reuse_its_number(own_valkey, 
         own_cache.change([3], removed=[2])
         until(lambda: publisher._publish_script is real and publisher.synced)
         own_cache.change([4])
-        until(lambda: client.smembers(BLOCKS) == {h(1), h(3), h(4)})
-        assert replay(client) == {h(1), h(3), h(4)}
+        until(lambda: client.smembers(BLOCKS) == members(1, 3, 4))
+        assert replay(client) == members(1, 3, 4)
 
 
 def test_a_later_life_is_not_overwritten(valkey, cache):
@@ -244,12 +266,17 @@ def test_a_block_pool_under_load_while_redis_comes_and_goes(own_valkey):
     def publish() -> None:
         events = pool.drain_events()
         if events is not None:
-            publisher.publish(events.stored, events.removed)
+            stored = [(block_hash, parent, DEVICE) for block_hash, parent in events.stored]
+            removed: list[Removed] = [(block_hash, DEVICE) for block_hash in events.removed]
+            publisher.publish(stored, removed)
 
-    def snapshot() -> list[tuple[bytes, bytes]]:
+    def snapshot() -> list[Stored]:
         with lock:
             publish()
-            return pool.cached_hashes()
+            return [(block_hash, parent, DEVICE) for block_hash, parent in pool.cached_hashes()]
+
+    def held() -> set[bytes]:
+        return {pack_member(block_hash, DEVICE) for block_hash, _ in pool.cached_hashes()}
 
     publisher = Publisher(info(), own_valkey.url, CLUSTER, 0.6, snapshot)
     publisher.start()
@@ -275,8 +302,8 @@ def test_a_block_pool_under_load_while_redis_comes_and_goes(own_valkey):
             churn(0.3)
             with lock:
                 publish()
-            until(lambda: client.smembers(BLOCKS) == {block_hash for block_hash, _ in pool.cached_hashes()})
-            assert replay(client) == {block_hash for block_hash, _ in pool.cached_hashes()}
+            until(lambda: client.smembers(BLOCKS) == held())
+            assert replay(client) == held()
             own_valkey.stop()
             churn(0.1)
             own_valkey.start()

@@ -26,6 +26,7 @@ from workers.engine.step_input import StepInput
 from workers.models.catalog import PreparedModel
 from workers.protocol.hashes import hash_root
 from workers.protocol.messages import FinishReason, Load, Sampling, TokenLogprobs, Work
+from workers.protocol.tiers import DEVICE, Removed, Stored
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +170,18 @@ class Engine:
                 drafted_tokens=scheduler.drafted_tokens,
                 accepted_tokens=scheduler.accepted_tokens,
             )
+
+    def cached(self) -> list[Stored]:
+        """(hash, parent, tier) of every block that a later prompt can take back. Under the lock."""
+        return [(block_hash, parent, DEVICE) for block_hash, parent in self.pool.cached_hashes()]
+
+    def drain_events(self) -> tuple[list[Stored], list[Removed]]:
+        """What changed in `cached` since the last call; `removed` first. Under the lock."""
+        events = self.pool.drain_events()
+        if events is None:
+            return [], []
+        stored = [(block_hash, parent, DEVICE) for block_hash, parent in events.stored]
+        return stored, [(block_hash, DEVICE) for block_hash in events.removed]
 
     def generate(
         self, prompts: Sequence[list[int]], sampling: Sampling | Sequence[Sampling]

@@ -19,7 +19,7 @@ def index_stream(cluster: str) -> str:
 
 
 def index_blocks(cluster: str, worker_id: str, epoch: int) -> str:
-    """SET of the 16-byte hashes that this life of the worker holds: the snapshot."""
+    """SET of what this life of the worker holds, a member for each hash and tier (protocol/tiers.py): the snapshot."""
     return f"{{headrace:{cluster}}}:index:{worker_id}:{epoch}:blocks"
 
 
