@@ -7,10 +7,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 
-from workers.protocol.messages import Role
+from workers.protocol.messages import Compression, Road, Role
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-ChannelKind = Literal["shm", "tcp"]
 Kernels = Literal["auto", "torch", "portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_soft"]
 Quantization = Literal["auto", "none", "stored", "int8", "int4"]
 
@@ -112,13 +111,27 @@ class EngineConfig(Section):
 class TransferConfig(Section):
     """The hand-over of KV blocks."""
 
-    channels: list[ChannelKind] = Field(
-        default=["shm", "tcp"], min_length=1, description="roads that may be used, best first"
+    channels: list[Road] = Field(
+        default=["nccl", "cuda_ipc", "shm", "tcp"],
+        min_length=1,
+        description="roads that may be used, best first; of these the first that both ends have is taken",
     )
     host: str = Field("127.0.0.1", description="address the KV listener binds")
     lease_s: float = Field(10.0, gt=0, le=300, description="seconds a ticket lives without progress")
     io_timeout_s: float = Field(5.0, gt=0, le=300, description="seconds a peer may stall inside a frame")
-    arena_memory: ByteSize = Field(ByteSize(32 * 1024**2), gt=0, description="shared memory per pair (shm)")
+    tcp_streams: int = Field(2, ge=1, le=16, description="connections of a pair of workers (tcp)")
+    compression: Compression = Field(
+        "none",
+        description="of blocks on the wire (tcp, nccl): int8 and fp8 halve the bytes of 16-bit caches, at some loss",
+    )
+    ring_memory: ByteSize = Field(
+        ByteSize(32 * 1024**2),
+        gt=0,
+        description="staging per pair, where a cache can't be read in place (shm from a GPU, nccl)",
+    )
+    max_communicators: int = Field(
+        16, ge=1, description="pairs of this worker that may use nccl at a time; each takes GPU memory"
+    )
 
 
 class WorkerConfig(Section):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ from workers.protocol.messages import (
 )
 from workers.protocol.tiers import Removed, Stored
 from workers.transfer.block_memory import BlockMemory
+from workers.transfer.compatibility import mismatch
 from workers.transfer.handoff import Handoff, Handoffs
 from workers.transfer.tickets import Arrival, Tickets
 
@@ -59,7 +60,7 @@ class Serving:
         self,
         config: WorkerConfig,
         engine: Engine,
-        memory: BlockMemory,
+        memories: Sequence[BlockMemory],
         metrics: WorkerMetrics,
         *,
         publish: CacheSink = lambda stored, removed: None,
@@ -80,7 +81,7 @@ class Serving:
         self.tickets = Tickets(engine, config.worker_id, config.epoch, self._committed, self._ticket_lost)
         self.handoffs = Handoffs(
             engine,
-            memory,
+            memories,
             config.transfer,
             worker_id=config.worker_id,
             secret=config.secret.encode(),
@@ -151,8 +152,7 @@ class Serving:
                 # Not "invalid": the decode worker could serve it, so the client has made no mistake.
                 owner.send(Failed(work.request_id, "transfer_failed", str(error)))
                 return
-            if ticket.layout != self._engine.layout:
-                reason = f"{ticket.worker_id} wants {ticket.layout}, blocks here are {self._engine.layout}"
+            if reason := mismatch(self._engine.layout, ticket.layout, ticket.worker_id):
                 owner.send(Failed(work.request_id, "transfer_failed", reason))
                 return
             request = Request(work, prefill_only=True)
@@ -161,7 +161,11 @@ class Serving:
                 reason = f"the ticket is for blocks {ticket.first_block}..{ticket.num_blocks}, the prompt has {expected}"
                 owner.send(Failed(work.request_id, "transfer_failed", reason))
                 return
-            self.handoffs.open(request, ticket)
+            try:
+                self.handoffs.open(request, ticket)
+            except ValueError as error:
+                owner.send(Failed(work.request_id, "transfer_failed", str(error)))
+                return
             self._engine.scheduler.add(request)
             self._owners[work.request_id] = owner
             self._wake.set()
@@ -256,8 +260,9 @@ class Serving:
     def _ticket_lost(self, request: Request, code: FailureCode, reason: str) -> None:
         self._fail(request.request_id, code, reason)
 
-    def _handoff_ended(self, handoff: Handoff, code: FailureCode | None, reason: str) -> None:
-        request = handoff.request
+    def _handoff_ended(
+        self, request: Request, handoff: Handoff, code: FailureCode | None, reason: str
+    ) -> None:
         if code is not None:
             self._fail(request.request_id, code, reason)
             return
@@ -269,7 +274,7 @@ class Serving:
             prefill_s=times.prefilled - times.scheduled,
             transfer_s=handoff.ended_at - times.prefilled,
             transfer_bytes=handoff.num_bytes,
-            channel=handoff.channel_kind,
+            channel=handoff.road,
         )
         self._metrics.prefilled(done)
         owner = self._owners.pop(request.request_id, None)

@@ -44,34 +44,33 @@ class Worker:
             status=self.status,
         )
         address = self._server.bind()
-        self.engine = Engine(config.engine, prepare_model(str(config.model_path)))
-        memory = block_memory(self.engine.runner.kv_cache)
+        # Whoever sends most of its blocks keeps them where receivers on this host can read them in place.
+        share = config.role == "prefill" and "shm" in config.transfer.channels
+        self.engine = Engine(config.engine, prepare_model(str(config.model_path)), share_kv=share)
+        runner = self.engine.runner
+        memories = [block_memory(runner.kv_cache, self.engine.layout, runner.shared)]
         self._metrics = WorkerMetrics(config.worker_id, config.role, config.served_name)
         self.serving = Serving(
             config,
             self.engine,
-            memory,
+            memories,
             self._metrics,
             publish=self._publish,
             on_room=self._server.broadcast_load,
         )
         self._metrics.watch(self.serving.load, self.engine.num_blocks)
-        runner = self.engine.runner
         self._metrics.engine(runner.kernels, runner.weights, self.engine.layout.dtype)
-        if config.role == "decode":
-            self._receiver = Receiver(
-                self.serving.tickets,
-                memory,
-                self.engine.layout.block_bytes,
-                secret=secret,
-                host=config.transfer.host,
-                channels=list(config.transfer.channels),
-                io_timeout_s=config.transfer.io_timeout_s,
-            )
-            self.serving.tickets.endpoints = self._receiver.endpoints
+        self._receiver = Receiver(
+            self.serving.tickets,
+            memories,
+            self.engine.layout,
+            config.transfer,
+            secret=secret,
+            on_fetch=self.serving.handoffs.send_prefix,
+        )
+        self.serving.tickets.endpoints = self._receiver.endpoints
         self.info = self._describe(address)
-        if self._receiver is not None:
-            self._receiver.start(self.info)
+        self._receiver.start(self.info)
         if config.redis_url is not None:
             self._publisher = Publisher(
                 self.info,
@@ -114,7 +113,7 @@ class Worker:
                 referenced_blocks=self.engine.pool.num_referenced,
                 leases=len(self.serving.tickets) + len(self.serving.handoffs),
                 requests=self.serving.num_requests(),
-                peers=self.serving.handoffs.channels(),
+                peers=self.serving.handoffs.peers(),
                 hashes=list({h: None for h, _, _ in self.engine.cached()}) if request.want_hashes else [],
                 metrics=self._metrics.text() if request.want_metrics else b"",
             )

@@ -15,6 +15,7 @@ from workers.models.catalog import PreparedModel
 from workers.models.errors import NotHere
 from workers.models.spec import DecoderSpec
 from workers.protocol.messages import KvLayout
+from workers.shared_memory import SharedPages
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,10 @@ class Runner(Protocol):
     def kv_cache(self) -> torch.Tensor:
         """[num_blocks, ...], each block contiguous, in the layout's bytes."""
 
+    @property
+    def shared(self) -> SharedPages | None:
+        """The pages of the KV cache, when other processes can map them."""
+
     def run(self, step: StepInput) -> list[Sampled]:
         """One entry for each of `step.samples`."""
 
@@ -47,8 +52,8 @@ class Backend(Protocol):
     @property
     def layout(self) -> KvLayout: ...
 
-    def runner(self, num_blocks: int) -> Runner:
-        """Called once."""
+    def runner(self, num_blocks: int, share_kv: bool = False) -> Runner:
+        """Called once. `share_kv`: on a CPU, keep the KV cache in memory that other processes can map."""
 
 
 def open_backend(config: EngineConfig, model: PreparedModel) -> Backend:
@@ -89,8 +94,8 @@ class TorchBackend:
         dtype = str(self._decoder.dtype).removeprefix("torch.")
         self.layout = kv_layout(self._decoder.spec, config.block_size, dtype, model.fingerprint)
 
-    def runner(self, num_blocks: int) -> Runner:
-        return TorchRunner(self._decoder, self._sampler, self.layout, num_blocks)
+    def runner(self, num_blocks: int, share_kv: bool = False) -> Runner:
+        return TorchRunner(self._decoder, self._sampler, self.layout, num_blocks, share_kv)
 
 
 def _only_native(config: EngineConfig) -> str | None:

@@ -51,7 +51,8 @@ class Completion:
 
 
 class Engine:
-    def __init__(self, config: EngineConfig, model: PreparedModel) -> None:
+    def __init__(self, config: EngineConfig, model: PreparedModel, *, share_kv: bool = False) -> None:
+        """`share_kv`: on a CPU, keep the KV cache in memory that other processes can map."""
         if (config.max_model_len or 0) > model.max_model_len:
             raise ValueError(
                 f"engine.max_model_len is {config.max_model_len}, but the model goes up to {model.max_model_len}"
@@ -86,7 +87,7 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             eos_token_ids=frozenset(model.eos_token_ids),
         )
-        self.runner = backend.runner(self.num_blocks)
+        self.runner = backend.runner(self.num_blocks, share_kv)
         self.speculation = open_speculation(config, model, self.num_blocks)
         self._prompt_tokens = 0
         self._output_tokens = 0

@@ -23,6 +23,7 @@ from workers.models.errors import NotHere
 from workers.models.native import FLOAT_FORMATS, open_packed_model
 from workers.models.spec import DecoderSpec
 from workers.protocol.messages import KvLayout
+from workers.shared_memory import SharedPages
 
 _KV_TYPES = {"float32": KvType.F32, "bfloat16": KvType.BF16, "int8": KvType.I8}
 
@@ -61,7 +62,7 @@ class NativeBackend:
         kv_dtype = "int8" if config.kv_cache_dtype == "int8" else dtype
         self.layout = kv_layout(spec, config.block_size, kv_dtype, packed.fingerprint)
 
-    def runner(self, num_blocks: int) -> NativeRunner:
+    def runner(self, num_blocks: int, share_kv: bool = False) -> NativeRunner:
         sampler = NativeSampler(self._library, self._spec.vocab_size, self._eos_token_ids)
         return NativeRunner(
             self._library,
@@ -72,6 +73,7 @@ class NativeBackend:
             num_blocks,
             self._config,
             self._weights,
+            share_kv,
         )
 
 
@@ -95,9 +97,13 @@ class NativeRunner:
         num_blocks: int,
         config: EngineConfig,
         weights: str,
+        share_kv: bool,
     ) -> None:
         self.kernels, self.weights = library.variant, weights
-        pages = huge_zeros(num_blocks * layout.block_bytes).reshape(num_blocks, layout.block_bytes)
+        num_bytes = num_blocks * layout.block_bytes
+        self.shared = SharedPages(num_bytes) if share_kv else None
+        pages = huge_zeros(num_bytes) if self.shared is None else self.shared.array
+        pages = pages.reshape(num_blocks, layout.block_bytes)
         self.kv_cache = torch.from_numpy(pages)
         kv = KvCache(
             pages.ctypes.data,

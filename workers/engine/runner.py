@@ -12,18 +12,24 @@ from workers.engine.sampler import Sampler
 from workers.engine.step_input import StepInput
 from workers.models.decoder import Decoder
 from workers.protocol.messages import KvLayout
+from workers.shared_memory import SharedPages
 
 
 class TorchRunner:
     kernels = "torch"
 
-    def __init__(self, model: Decoder, sampler: Sampler, layout: KvLayout, num_blocks: int) -> None:
+    def __init__(
+        self, model: Decoder, sampler: Sampler, layout: KvLayout, num_blocks: int, share_kv: bool = False
+    ) -> None:
         self.model = model
         self.device = model.device
         self.layout = layout
         self.weights = str(model.dtype).removeprefix("torch.")
         self._sampler = sampler
-        self.kv_cache = model.new_kv_cache(num_blocks, layout.block_size)
+        share_kv = share_kv and model.device.type == "cpu"
+        self.shared = SharedPages(num_blocks * layout.block_bytes) if share_kv else None
+        pages = None if self.shared is None else torch.from_numpy(self.shared.array)
+        self.kv_cache = model.new_kv_cache(num_blocks, layout.block_size, pages)
 
     @torch.inference_mode()
     def run(self, step: StepInput) -> list[Sampled]:

@@ -46,10 +46,12 @@ class Decoder:
         self._head = Head(weights.head)
         self._scratch = Scratch()
 
-    def new_kv_cache(self, num_blocks: int, block_size: int) -> Tensor:
-        """A zeroed cache in canonical layout, see `kernels.reference`."""
+    def new_kv_cache(self, num_blocks: int, block_size: int, pages: Tensor | None = None) -> Tensor:
+        """A zeroed cache in canonical layout, see `kernels.reference`; in `pages`, uint8 zeros, when given."""
         spec = self.spec
         shape = (num_blocks, spec.num_layers, 2, spec.num_kv_heads, block_size, spec.head_dim)
+        if pages is not None:
+            return pages.view(self.dtype).view(shape)
         return _zeros(shape, self.dtype, self.device)
 
     @torch.inference_mode()

@@ -10,10 +10,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import os
 import secrets
 import socket
 import struct
 import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -34,6 +38,7 @@ from workers.protocol.messages import (
 MAX_FRAME_BYTES = 32 * 1024 * 1024
 MAX_GREETING_BYTES = 64 * 1024  # of a frame of the handshake: the peer is not known yet
 NONCE_BYTES = 32
+_IOV_MAX = 512  # buffers of one system call; the kernel takes 1024
 
 _LENGTH = struct.Struct("<I")
 _encoder = msgspec.msgpack.Encoder()
@@ -102,6 +107,20 @@ def recv_exactly(sock: socket.socket, view: memoryview, deadline: float | None =
         received += count
 
 
+def recv_views(sock: socket.socket, views: Sequence[memoryview]) -> None:
+    """Fill `views` one after another, many with one call. Raises as `recv_exactly`."""
+    pending = deque(view for view in views if len(view))
+    while pending:
+        count = sock.recvmsg_into(list(islice(pending, _IOV_MAX)))[0]
+        if count == 0:
+            raise ConnectionError("the peer closed the connection")
+        while count:
+            if count < len(pending[0]):
+                pending[0] = pending[0][count:]
+                break
+            count -= len(pending.popleft())
+
+
 def recv_frame(
     sock: socket.socket,
     codec: Codec[M],
@@ -118,6 +137,42 @@ def recv_frame(
 
 def send_frame(sock: socket.socket, message: Any) -> None:
     sock.sendall(encode(message))
+
+
+def send_views(sock: socket.socket, views: Iterable[memoryview]) -> None:
+    """Send `views` one after another, many with one call, without copying them."""
+    pending = deque(views)
+    while pending:
+        sent = sock.sendmsg(list(islice(pending, _IOV_MAX)))
+        while sent:
+            if sent < len(pending[0]):
+                pending[0] = pending[0][sent:]
+                break
+            sent -= len(pending.popleft())
+
+
+def send_frame_with_fds(sock: socket.socket, message: Any, fds: Sequence[int]) -> None:
+    """Over a unix socket: descriptors travel beside the first byte."""
+    frame = encode(message)
+    sent = socket.send_fds(sock, [frame], list(fds)) if fds else 0
+    sock.sendall(frame[sent:])
+
+
+def recv_frame_with_fds(
+    sock: socket.socket, codec: Codec[M], *, max_fds: int, max_bytes: int
+) -> tuple[M, list[int]]:
+    """One frame and the descriptors beside it, which are the caller's to close."""
+    header, fds, _, _ = socket.recv_fds(sock, _LENGTH.size, max_fds)
+    try:
+        if len(header) != _LENGTH.size:
+            raise ConnectionError("the peer closed the connection")
+        body = bytearray(_checked_length(header, max_bytes))
+        recv_exactly(sock, memoryview(body))
+        return codec.decode(body), fds
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
 
 
 # --- handshake -------------------------------------------------------------------------------------------------------

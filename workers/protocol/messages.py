@@ -3,7 +3,8 @@
 Three conversations use these types:
 
 * tokens (router <-> worker): `Reserve`, `Prefill`, `Cancel` go out; `Ticketed`, `Accepted`, `Tokens`, ... come back;
-* KV (prefill worker -> decode worker): `KvBlocks`, `KvFirstToken`, `KvAbort`, answered by `KvAck`;
+* KV (a worker that has blocks -> one that lacks them): `KvOpen`, then `KvBlocks`, `KvFirstToken`, `KvAbort`, ...,
+  answered by `KvReady` and `KvAck`;
 * registry (worker -> Redis -> router): `WorkerInfo` and `IndexBatch`.
 
 A message is a frozen struct with a short tag. Unknown fields are ignored (so that a newer peer can add one),
@@ -16,9 +17,11 @@ from typing import Literal
 
 from msgspec import Struct
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Role = Literal["prefill", "decode"]
+Road = Literal["nccl", "cuda_ipc", "shm", "tcp"]  # by which KV blocks travel
+Compression = Literal["none", "int8", "fp8"]  # of KV blocks on the wire
 FinishReason = Literal["stop", "length"]
 FailureCode = Literal[
     "invalid",  # the request can never be served by this worker: a client error
@@ -88,13 +91,22 @@ class KvLayout(Struct, frozen=True):
             return self.block_size * (self.head_dim + 4)
         return self.block_size * self.head_dim * (4 if self.dtype == "float32" else 2)
 
+    def wire_bytes(self, num_blocks: int, num_layers: int, num_heads: int, compression: Compression) -> int:
+        """Of a piece: compressed tiles have a byte for each value and a float32 scale for each token."""
+        packed = self.block_size * (self.head_dim + 4)
+        return (
+            num_blocks * num_layers * 2 * num_heads * (self.tile_bytes if compression == "none" else packed)
+        )
+
 
 class KvEndpoint(Struct, frozen=True):
-    """One road by which blocks can reach a worker."""
+    """One road by which blocks can reach one rank of a worker."""
 
-    kind: Literal["shm", "tcp"]
-    address: str  # shm: path of a unix socket; tcp: host:port
-    host_id: str = ""  # shm: only peers on the same host can use it
+    kind: Road
+    address: str  # of the control connection. shm: name of an abstract unix socket; else host:port
+    host_id: str = ""  # shm, cuda_ipc: only peers on the same host can use it
+    device: str = ""  # cuda_ipc, nccl: the GPU
+    rank: int = 0
 
 
 class WorkerInfo(Struct, frozen=True):
@@ -125,8 +137,9 @@ class Ticket(Struct, frozen=True):
     first_block: int  # index in the request's block table
     num_blocks: int  # of the whole prompt; blocks [first_block, num_blocks) are wanted
     lease_s: float
-    layout: KvLayout
+    layout: KvLayout  # of the whole model, however many ranks share it
     endpoints: list[KvEndpoint]
+    ranks: int = 1  # the receiver's KV heads are shared out among so many
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True):
@@ -280,36 +293,86 @@ class Heartbeat(Struct, frozen=True, tag="beat"):
     load: Load
 
 
+class PeerStatus(Struct, frozen=True):
+    """The way to one receiver."""
+
+    road: str  # "" while it is being opened
+    channels: int = 0
+    sent_bytes: int = 0  # acknowledged
+    bytes_per_s: float = 0.0  # while bytes were on their way; 0: not measured yet
+    passed_over: list[str] = []  # better roads that were allowed, and why they were not taken
+
+
 class StatusReply(Struct, frozen=True, tag="stat"):
     query_id: int
     load: Load
     referenced_blocks: int
     leases: int
     requests: int
-    peers: dict[str, str] = {}  # "worker_id" -> channel in use
+    peers: dict[str, PeerStatus] = {}  # by worker_id: those that this worker sends blocks to
     hashes: list[bytes] = []
     metrics: bytes = b""  # Prometheus text exposition
 
 
-# --- KV: prefill worker to decode worker -----------------------------------------------------------------------------
+# --- KV: from a worker that has blocks to one that lacks them ---------------------------------------------------------
+
+
+class KvWindow(Struct, frozen=True):
+    """Memory of the sender that the receiver maps, read-only, and copies from.
+
+    shm: its descriptor travels beside the frame (SCM_RIGHTS), and one of a page whose first u64 is 1 for as long as
+    what has been announced stays as it is. cuda_ipc: `handle` opens it.
+    """
+
+    num_bytes: int
+    strides: tuple[
+        int, ...
+    ] = ()  # bytes between blocks, layers, k|v, heads, tokens of a cache; empty: a ring
+    num_blocks: int = 0  # of a cache
+    handle: bytes = b""
+    offset: int = 0  # bytes from the start of what was mapped to the first row
+
+
+class KvOpen(Struct, frozen=True, tag="kvo"):
+    """Sender, once after the handshake: who sends, what, and how. Nothing is sent before `KvReady` has agreed."""
+
+    road: Road
+    layout: KvLayout  # of the sender's whole model
+    rank: int = 0  # whose KV heads are sent
+    ranks: int = 1
+    compression: Compression = "none"
+    window: KvWindow | None = None  # shm, cuda_ipc
+    nccl_id: bytes = b""  # nccl: the unique id of the communicator to join
+
+
+class KvReady(Struct, frozen=True, tag="kvy"):
+    """Not ok: the connection ends. `final`: no other road would help."""
+
+    ok: bool
+    reason: str = ""
+    final: bool = False
 
 
 class KvBlocks(Struct, frozen=True, tag="kvb"):
-    """Announces blocks [first, first + count) of the ticket's request.
+    """Announces blocks [first, first + count) of a ticket: of those KV heads that both ranks have, in canonical layout.
 
-    tcp: the bytes follow this frame. shm: the bytes lie at `offset` of the arena passed when the channel was opened.
+    tcp: the bytes follow this frame. shm, cuda_ipc: they lie in the window, in the blocks `source` of a cache or at
+    `offset` of a ring. nccl: both sides post the next transfer of the communicator.
     """
 
     transfer_id: str
     epoch: int  # of the receiver
     first: int
     count: int
-    num_bytes: int
+    num_bytes: int  # on the wire
+    first_layer: int = 0
+    num_layers: int = 0  # 0: all
+    source: list[int] = []
     offset: int = 0
 
 
 class KvFirstToken(Struct, frozen=True, tag="kvt"):
-    """Every block has been sent; D may commit."""
+    """Every block has been acknowledged or precedes this on the same connection; D may commit."""
 
     transfer_id: str
     epoch: int
@@ -318,27 +381,40 @@ class KvFirstToken(Struct, frozen=True, tag="kvt"):
     cached_tokens: int
 
 
+class KvFetch(Struct, frozen=True, tag="kvf"):
+    """Please send the blocks with these hashes to the ticket, as many as are held without a gap, then `KvPrefix`.
+
+    Acknowledged at once; not ok when nothing will come.
+    """
+
+    transfer_id: str  # of `ticket`
+    ticket: Ticket
+    hashes: list[bytes]
+
+
+class KvPrefix(Struct, frozen=True, tag="kvp"):
+    """The answer to `KvFetch` is complete: the first `count` blocks of the ticket."""
+
+    transfer_id: str
+    epoch: int
+    count: int
+
+
 class KvAbort(Struct, frozen=True, tag="kvx"):
     transfer_id: str
     epoch: int
     reason: str
 
 
-class KvArena(Struct, frozen=True, tag="kvm"):
-    """shm, once after the handshake: the sender's arena, whose descriptor travels beside this frame (SCM_RIGHTS)."""
-
-    num_bytes: int
-
-
 class KvRenew(Struct, frozen=True, tag="kvr"):
-    """The requests of these tickets are alive at the prefill worker (queued, or between chunks). Never answered."""
+    """The requests of these tickets are alive at the sender (queued, or between chunks). Never answered."""
 
     epoch: int
     transfer_ids: list[str]
 
 
 class KvAck(Struct, frozen=True, tag="kva"):
-    """One for each `KvBlocks` and `KvFirstToken`, in the order sent. Not ok: stop sending for this ticket."""
+    """One for each `KvBlocks`, `KvFirstToken`, `KvFetch` and `KvPrefix`, in order. Not ok: send no more of the ticket."""
 
     transfer_id: str
     ok: bool
@@ -372,5 +448,5 @@ FromWorker = (
     | Heartbeat
     | StatusReply
 )
-KvToReceiver = Hello | KvArena | KvBlocks | KvFirstToken | KvAbort | KvRenew
-KvToSender = Challenge | Welcome | Refused | KvAck
+KvToReceiver = Hello | KvOpen | KvBlocks | KvFirstToken | KvFetch | KvPrefix | KvAbort | KvRenew
+KvToSender = Challenge | Welcome | Refused | KvReady | KvAck

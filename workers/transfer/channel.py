@@ -1,178 +1,182 @@
-"""The road from a prefill worker to one decode worker: connects, frames, and carries block bytes.
+"""A channel: one connection to one rank of a receiver, and the road that the bytes take beside it.
 
-One interface, `Channel`; `ShmChannel` puts the bytes into an arena both sides map, `TcpChannel` puts them on the
-socket. Both are ordered, both are acknowledged frame by frame.
+Ordered, and acknowledged piece by piece. Opening one tries the roads that both sides have, best first.
 """
 
 from __future__ import annotations
 
-import itertools
 import select
 import socket
 import threading
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
+from workers.config import TransferConfig
 from workers.protocol.frames import (
     MAX_GREETING_BYTES,
     ProtocolError,
     answer_challenge,
     check_welcome,
-    encode,
     kv_to_sender,
     recv_frame,
     send_frame,
+    send_frame_with_fds,
 )
-from workers.protocol.messages import KvAck, KvBlocks, KvEndpoint, Ticket
-from workers.transfer.arena import Arena, host_id, send_arena
-
-_IOV_MAX = 512
+from workers.protocol.messages import (
+    Compression,
+    KvAck,
+    KvBlocks,
+    KvEndpoint,
+    KvLayout,
+    KvOpen,
+    KvReady,
+    Ticket,
+)
+from workers.protocol.messages import Road as RoadName
+from workers.transfer.block_memory import BlockMemory
+from workers.transfer.road import End, Outlet, RoadBlocked, RoadKind
+from workers.transfer.roads import choices
+from workers.transfer.shards import Part
 
 
 class NoRoute(ConnectionError):
     """No channel that both sides allow could be opened. The message names each that was tried."""
 
 
-class Channel(Protocol):
-    kind: str
-
-    def send_blocks(self, message: KvBlocks, views: Sequence[memoryview]) -> None:
-        """Announce and deliver the bytes. May wait for room; raises ConnectionError or TimeoutError."""
-
-    def send(self, message: Any) -> None:
-        """A frame without bytes."""
-
-    def poll(self, timeout_s: float) -> bool:
-        """Whether something came in within the time: an acknowledgement or the end."""
-
-    def recv_ack(self) -> KvAck:
-        """The next acknowledgement. Raises ConnectionError when the peer is gone."""
-
-    def close(self) -> None: ...
+class Incompatible(ConnectionError):
+    """The receiver wants nothing of this sender, whichever road it takes."""
 
 
-class TcpChannel:
-    kind = "tcp"
+class Channel:
+    def __init__(
+        self, sock: socket.socket, road: RoadName, outlet: Outlet, end: End, compression: Compression
+    ) -> None:
+        self.road = road
+        self._sock, self._outlet, self._end, self._compression = sock, outlet, end, compression
+        self._lock = threading.Lock()
+        self._holds_piece: deque[bool] = deque()  # for each message that will be acknowledged
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+    def num_bytes(self, num_blocks: int, layers: range) -> int:
+        return self._end.num_bytes(num_blocks, layers, self._compression)
 
-    def send_blocks(self, message: KvBlocks, views: Sequence[memoryview]) -> None:
-        pending = deque([memoryview(encode(message)), *views])
-        while pending:
-            sent = self._sock.sendmsg(list(itertools.islice(pending, _IOV_MAX)))
-            while sent:
-                if sent < len(pending[0]):
-                    pending[0] = pending[0][sent:]
-                    break
-                sent -= len(pending.popleft())
-
-    def send(self, message: Any) -> None:
-        send_frame(self._sock, message)
-
-    def poll(self, timeout_s: float) -> bool:
-        return _readable(self._sock, timeout_s)
-
-    def recv_ack(self) -> KvAck:
-        return _recv_ack(self._sock)
-
-    def close(self) -> None:
-        shut(self._sock)
-
-
-class ShmChannel:
-    kind = "shm"
-
-    def __init__(self, sock: socket.socket, arena: Arena, timeout_s: float) -> None:
-        self._sock = sock
-        self._arena = arena
-        self._timeout_s = timeout_s
-        self._room = threading.Condition()
-        self._holds_piece: deque[bool] = deque()  # for each frame that will be acknowledged
-        self._closed = False
-
-    def send_blocks(self, message: KvBlocks, views: Sequence[memoryview]) -> None:
-        with self._room:
-            offset = self._arena.take(message.num_bytes)
-            while offset is None:
-                if not self._room.wait(self._timeout_s):
-                    raise TimeoutError(f"no acknowledgement for {self._timeout_s:g} s, the arena is full")
-                if self._closed:
-                    raise ConnectionError("the channel was closed")
-                offset = self._arena.take(message.num_bytes)
-            self._holds_piece.append(True)
-        self._arena.fill(offset, list(views))
-        send_frame(
-            self._sock,
-            KvBlocks(
-                message.transfer_id, message.epoch, message.first, message.count, message.num_bytes, offset
-            ),
+    def send_blocks(
+        self, transfer_id: str, epoch: int, first: int, blocks: Sequence[int], layers: range
+    ) -> int:
+        """Announce and deliver a piece; its bytes. May wait for room; raises OSError, TimeoutError."""
+        message = KvBlocks(
+            transfer_id,
+            epoch,
+            first,
+            len(blocks),
+            self.num_bytes(len(blocks), layers),
+            first_layer=layers.start,
+            num_layers=len(layers),
         )
+        with self._lock:
+            self._holds_piece.append(True)
+        self._outlet.send(message, blocks, layers, self._sock)
+        return message.num_bytes
 
-    def send(self, message: Any) -> None:
-        if message.__struct_config__.tag == "kvt":
-            with self._room:
+    def send(self, message: Any, *, acknowledged: bool) -> None:
+        """A frame without bytes. `acknowledged`: whether there will be an answer."""
+        if acknowledged:
+            with self._lock:
                 self._holds_piece.append(False)
         send_frame(self._sock, message)
 
     def poll(self, timeout_s: float) -> bool:
-        return _readable(self._sock, timeout_s)
+        """Whether something came in within the time: an acknowledgement or the end."""
+        if self._sock.fileno() < 0:
+            raise ConnectionError("the channel was closed")
+        poller = select.poll()
+        poller.register(self._sock, select.POLLIN)
+        return bool(poller.poll(timeout_s * 1000))
 
     def recv_ack(self) -> KvAck:
-        ack = _recv_ack(self._sock)
-        with self._room:
+        """The next acknowledgement. Raises ConnectionError when the peer is gone."""
+        message = recv_frame(self._sock, kv_to_sender)
+        if not isinstance(message, KvAck):
+            raise ProtocolError(f"{type(message).__name__} where an acknowledgement was due")
+        with self._lock:
             if not self._holds_piece:
                 raise ProtocolError("acknowledgement of nothing")
-            if self._holds_piece.popleft():
-                self._arena.give_back()
-                self._room.notify()
-        return ack
+            held = self._holds_piece.popleft()
+        if held:
+            self._outlet.acknowledged()
+        return message
 
     def close(self) -> None:
-        with self._room:
-            if self._closed:
-                return
-            self._closed = True
-            self._room.notify()
+        """Nothing that is not acknowledged counts any more, on either side. Idempotent."""
+        self._outlet.close()
         shut(self._sock)
-        self._arena.close()
 
 
 def open_channel(
-    ticket: Ticket, *, allowed: Sequence[str], secret: bytes, peer_id: str, timeout_s: float, arena_bytes: int
-) -> Channel:
-    """The first of `allowed` that the peer offers and that opens. Raises NoRoute, ProtocolError."""
-    tried = []
-    for kind in allowed:
-        for endpoint in ticket.endpoints:
-            if endpoint.kind != kind or (kind == "shm" and endpoint.host_id != host_id()):
-                continue
-            try:
-                sock = _connect(endpoint, timeout_s)
-            except OSError as error:
-                tried.append(f"{kind} to {endpoint.address}: {error}")
-                continue
-            try:
-                _handshake(sock, ticket, secret, peer_id)
-                if kind == "tcp":
-                    return TcpChannel(sock)
-                arena = Arena(max(arena_bytes, 2 * ticket.layout.block_bytes))
-                try:
-                    send_arena(sock, arena)
-                except BaseException:
-                    arena.close()
-                    raise
-                return ShmChannel(sock, arena, timeout_s)
-            except BaseException:
-                sock.close()
-                raise
-    offered = ", ".join(e.kind for e in ticket.endpoints) or "nothing"
+    ticket: Ticket,
+    part: Part,
+    ranks: int,
+    memory: BlockMemory,
+    layout: KvLayout,
+    config: TransferConfig,
+    *,
+    secret: bytes,
+    peer_id: str,
+) -> tuple[Channel, list[str]]:
+    """The best road for a part, and why better ones were passed over.
+
+    `ranks`: of the sender; `memory`: of the rank that `part` names. Raises NoRoute, Incompatible, ProtocolError.
+    """
+    endpoints = [endpoint for endpoint in ticket.endpoints if endpoint.rank == part.destination]
+    ways, passed_over = choices(config.channels, memory, endpoints, ticket.worker_id)
+    end = End(memory, layout, part.heads, part.source_heads(ranks, layout.num_kv_heads), config)
+    compression = "none" if layout.dtype == "int8" else config.compression
+    for road, endpoint in ways:
+        try:
+            return _open(road, endpoint, ticket, part, ranks, end, compression, secret, peer_id), passed_over
+        except (Incompatible, ProtocolError):
+            raise
+        except (RoadBlocked, OSError) as error:
+            passed_over.append(f"{road.name} to {endpoint.address}: {error}")
+    offered = ", ".join(sorted({e.kind for e in endpoints})) or "nothing"
     raise NoRoute(
-        f"no channel to {ticket.worker_id}: it offers {offered} (shm only on its own host), "
-        f"transfer.channels here allows {', '.join(allowed)}"
-        + (f"; tried {'; '.join(tried)}" if tried else "")
+        f"no channel to {ticket.worker_id}: it offers {offered}, transfer.channels here allows "
+        f"{', '.join(config.channels)}; {'; '.join(passed_over)}"
     )
+
+
+def _open(
+    road: RoadKind,
+    endpoint: KvEndpoint,
+    ticket: Ticket,
+    part: Part,
+    ranks: int,
+    end: End,
+    compression: Compression,
+    secret: bytes,
+    peer_id: str,
+) -> Channel:
+    timeout_s = end.config.io_timeout_s
+    sock = _connect(endpoint, timeout_s)
+    outlet = None
+    try:
+        _handshake(sock, ticket, secret, peer_id)
+        outlet = road.outlet(end, compression)
+        offer = outlet.offer()
+        opened = KvOpen(road=road.name, layout=end.layout, rank=part.source, ranks=ranks, **offer.fields)
+        send_frame_with_fds(sock, opened, offer.fds)
+        outlet.establish()
+        ready = recv_frame(sock, kv_to_sender, max_bytes=MAX_GREETING_BYTES)
+        if not isinstance(ready, KvReady):
+            raise ProtocolError(f"{type(ready).__name__} where the answer to KvOpen was due")
+        if not ready.ok:
+            raise (Incompatible if ready.final else RoadBlocked)(ready.reason)
+    except BaseException:
+        if outlet is not None:
+            outlet.close()
+        sock.close()
+        raise
+    return Channel(sock, road.name, outlet, end, opened.compression)
 
 
 def _connect(endpoint: KvEndpoint, timeout_s: float) -> socket.socket:
@@ -200,21 +204,6 @@ def _handshake(sock: socket.socket, ticket: Ticket, secret: bytes, peer_id: str)
         raise ProtocolError(
             f"{info.worker_id}:{info.epoch} answers where the ticket names {ticket.worker_id}:{ticket.epoch}"
         )
-
-
-def _readable(sock: socket.socket, timeout_s: float) -> bool:
-    if sock.fileno() < 0:
-        raise ConnectionError("the channel was closed")
-    poller = select.poll()
-    poller.register(sock, select.POLLIN)
-    return bool(poller.poll(timeout_s * 1000))
-
-
-def _recv_ack(sock: socket.socket) -> KvAck:
-    message = recv_frame(sock, kv_to_sender)
-    if not isinstance(message, KvAck):
-        raise ProtocolError(f"{type(message).__name__} where an acknowledgement was due")
-    return message
 
 
 def shut(sock: socket.socket) -> None:

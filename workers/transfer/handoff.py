@@ -1,43 +1,59 @@
-"""The prefill side of a hand-over: blocks leave as soon as a step has computed them, then the first token.
+"""The sending side of transfers: blocks leave as soon as a step has computed them, then the first token.
 
-What a step has computed holds references of its own until the decode worker has acknowledged it; preempting,
-cancelling or finishing the request takes nothing from under it. They are on the blocks before it as well, so that
-blocks come free from the last to the first: the prefix cache must not lose a parent before its child. A first token
-is sent only if the hand-over was not aborted at the moment of sending, so what a decode worker commits was whole.
+What a step has computed holds references of its own until the receiver has acknowledged it; preempting, cancelling or
+finishing the request takes nothing from under it. They are on the blocks before it as well, so that blocks come free
+from the last to the first: the prefix cache must not lose a parent before its child. A first token is sent only if the
+hand-over was not aborted at the moment of sending, and only behind the acknowledgement of all blocks or in order behind
+them, so what a decode worker commits was whole.
+
+Blocks that the prefix cache holds can be asked for too (`send_prefix`): by a worker that would have to compute them.
 """
 
 from __future__ import annotations
 
-import logging
-import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from workers.config import TransferConfig
 from workers.engine.engine import Engine
 from workers.engine.request import NewToken, Request
-from workers.protocol.frames import ProtocolError
-from workers.protocol.messages import FailureCode, KvAbort, KvBlocks, KvFirstToken, KvRenew, Ticket
+from workers.protocol.messages import (
+    FailureCode,
+    KvAbort,
+    KvAck,
+    KvFetch,
+    KvFirstToken,
+    KvPrefix,
+    KvRenew,
+    PeerStatus,
+    Ticket,
+)
 from workers.transfer.block_memory import BlockMemory
-from workers.transfer.channel import Channel, open_channel
-
-logger = logging.getLogger(__name__)
+from workers.transfer.compatibility import mismatch
+from workers.transfer.peer import Peer, Piece, Sender
 
 _PIECE_BYTES = 8 << 20  # of one frame: small enough that filling one overlaps with emptying the one before
 
 
 @dataclass(slots=True, eq=False)
 class Handoff:
-    request: Request
+    """One transfer. Without a request it is a prefix that somebody asked for."""
+
     ticket: Ticket
+    request: Request | None
     next_block: int  # blocks before it have been queued for sending
+    outstanding: int = 0  # pieces with blocks that are not acknowledged
+    last: Piece | None = None  # the message that ends it, while it waits for acknowledgements
     ended: bool = False  # acknowledged whole, failed or cancelled
     num_bytes: int = 0
-    channel_kind: str = ""
+    road: str = ""
     ended_at: float = 0.0
+
+    @property
+    def transfer_id(self) -> str:
+        return self.ticket.transfer_id
 
 
 @dataclass(slots=True, eq=False)
@@ -48,59 +64,36 @@ class _Hold:
     num_pieces: int = 0
 
 
-@dataclass(slots=True, eq=False)
-class _Piece:
-    """Blocks [first, first + len(blocks)) of a request, or its first token when `blocks` is empty."""
-
-    handoff: Handoff
-    first: int
-    blocks: list[int]
-    hold: _Hold | None = None
-    token: NewToken | None = None
-    sent_at: float = 0.0  # 0 until the last byte was handed to the kernel
-
-
-@dataclass(slots=True)
-class _Peer:
-    """The channel to one life of one decode worker, with the thread that writes and the one that reads."""
-
-    ticket: Ticket
-    todo: queue.SimpleQueue[_Piece | KvAbort | KvRenew | None] = field(default_factory=queue.SimpleQueue)
-    unacknowledged: deque[_Piece] = field(default_factory=deque)
-    renewal: KvRenew | None = (
-        None  # goes before whatever waits in `todo`: a lease must not run out in the queue
-    )
-    handoffs: dict[str, Handoff] = field(default_factory=dict)  # transfer id -> open ones
-    channel: Channel | None = None
-    dead: bool = False
-
-
 class Handoffs:
-    """All hand-overs of a prefill worker. State is guarded by the engine's lock; sockets are used outside it."""
+    """Everything that this worker sends. State is guarded by the engine's lock."""
 
     def __init__(
         self,
         engine: Engine,
-        memory: BlockMemory,
+        memories: Sequence[BlockMemory],
         config: TransferConfig,
         *,
         worker_id: str,
         secret: bytes,
-        on_end: Callable[[Handoff, FailureCode | None, str], None],
+        on_end: Callable[[Request, Handoff, FailureCode | None, str], None],
         computing: Callable[[], bool] = lambda: True,
     ) -> None:
+        """`memories`: one for each rank. `computing`: False when the engine is stuck, requests make no progress."""
         self._engine = engine
-        self._memory = memory
         self._config = config
-        self._worker_id = worker_id
-        self._secret = secret
-        self._on_end = on_end  # called under the lock, once for each hand-over that was not cancelled
-        self._computing = computing  # False: the engine is stuck, requests here make no progress
-        # Two pieces fit an arena: one is filled while the other is emptied.
-        piece_bytes = min(_PIECE_BYTES, int(config.arena_memory) // 2)
+        self._on_end = (
+            on_end  # called under the lock, once for each hand-over of a request that was not cancelled
+        )
+        self._computing = computing
+        self._sender = Sender(
+            memories, engine.layout, config, worker_id, secret, engine.lock, self._acknowledged, self._lost
+        )
+        # Two pieces fit a ring: one is filled while the other is emptied.
+        piece_bytes = min(_PIECE_BYTES, int(config.ring_memory) // 2)
         self._blocks_per_piece = max(1, piece_bytes // engine.layout.block_bytes)
+        self._open: dict[str, Handoff] = {}  # by transfer id
         self._by_request: dict[str, Handoff] = {}
-        self._peers: dict[tuple[str, int], _Peer] = {}
+        self._peers: dict[tuple[str, int], Peer] = {}
         self._stopping = threading.Event()
         self._keeper = threading.Thread(target=self._keep_leases, name="lease-keeper", daemon=True)
         self.holding: list[list[int]] = []  # block references that pieces hold
@@ -112,50 +105,40 @@ class Handoffs:
         self._stopping.set()
         with self._engine.lock:
             for peer in list(self._peers.values()):
-                self._drop_peer(peer, "the worker stops")
+                peer.drop("the worker stops")
 
     def __len__(self) -> int:
-        return len(self._by_request)
+        return len(self._open)
 
-    def channels(self) -> dict[str, str]:
-        """Decode worker -> kind of channel in use."""
-        return {peer.ticket.worker_id: peer.channel.kind for peer in self._peers.values() if peer.channel}
+    def peers(self) -> dict[str, PeerStatus]:
+        """Under the lock: receiver -> the way to it."""
+        return {peer.worker_id: peer.status() for peer in self._peers.values()}
 
     # --- called with requests and steps -----------------------------------------------------------------------------
 
     def open(self, request: Request, ticket: Ticket) -> None:
-        """Before the request is scheduled."""
+        """Before the request is scheduled. Raises ValueError when the two sides' ranks can't be matched."""
         with self._engine.lock:
-            key = (ticket.worker_id, ticket.epoch)
-            peer = self._peers.get(key)
-            if peer is None or peer.dead:
-                peer = self._peers[key] = _Peer(ticket)
-                name = f"kv-send-{ticket.worker_id}"
-                threading.Thread(target=self._write, args=(peer,), name=name, daemon=True).start()
-            handoff = Handoff(request, ticket, ticket.first_block)
+            self._peer(ticket)
+            handoff = Handoff(ticket, request, ticket.first_block)
+            self._open[handoff.transfer_id] = handoff
             self._by_request[request.request_id] = handoff
-            peer.handoffs[ticket.transfer_id] = handoff
 
     def advance(self, request: Request, token: NewToken | None) -> None:
         """Under the lock, right after a step: queue what it has computed. `token` when it was the last step."""
         handoff = self._by_request.get(request.request_id)
         if handoff is None:
             return
-        peer = self._peer_of(handoff)
+        ticket = handoff.ticket
         block_size = self._engine.layout.block_size
-        ready = handoff.ticket.num_blocks if token else request.num_computed_tokens // block_size
+        ready = ticket.num_blocks if token else request.num_computed_tokens // block_size
         if handoff.next_block < ready:
-            hold = _Hold(request.block_table[:ready].tolist())
-            self._engine.pool.acquire(hold.blocks)
-            self.holding.append(hold.blocks)
-            while handoff.next_block < ready:
-                first = handoff.next_block
-                blocks = hold.blocks[first : first + self._blocks_per_piece]
-                hold.num_pieces += 1
-                handoff.next_block += len(blocks)
-                peer.todo.put(_Piece(handoff, first, blocks, hold))
+            self._send_blocks(handoff, request.block_table[:ready].tolist(), 0)
         if token is not None:
-            peer.todo.put(_Piece(handoff, handoff.next_block, [], token=token))
+            message = KvFirstToken(
+                ticket.transfer_id, ticket.epoch, token.token, token.logprobs, request.num_cached_tokens
+            )
+            self._send_last(handoff, message)
 
     def cancel(self, request_id: str, reason: str = "cancelled") -> None:
         """The router no longer wants it, or the step failed: D is told, the router is not."""
@@ -164,20 +147,100 @@ class Handoffs:
             if handoff is not None:
                 peer = self._peer_of(handoff)
                 self._end(handoff)
-                peer.todo.put(KvAbort(handoff.ticket.transfer_id, handoff.ticket.epoch, reason))
+                peer.tell(KvAbort(handoff.transfer_id, handoff.ticket.epoch, reason))
 
-    # --- the end of a hand-over: one path ---------------------------------------------------------------------------
+    def send_prefix(self, fetch: KvFetch) -> str | None:
+        """Send the blocks of a prefix that are held here. Why nothing will come; None when it will."""
+        ticket = fetch.ticket
+        with self._engine.lock:
+            if reason := mismatch(self._engine.layout, ticket.layout, ticket.worker_id):
+                return reason
+            if fetch.transfer_id in self._open:
+                return f"transfer {fetch.transfer_id} is already open"
+            wanted = ticket.num_blocks - ticket.first_block
+            blocks = self._engine.pool.match(fetch.hashes[: max(wanted, 0)])
+            if not blocks:
+                return "none of these blocks is held here"
+            try:
+                self._peer(ticket)
+            except ValueError as error:
+                return str(error)
+            handoff = Handoff(ticket, None, ticket.first_block)
+            self._open[fetch.transfer_id] = handoff
+            self._send_blocks(handoff, blocks, ticket.first_block)
+            self._send_last(handoff, KvPrefix(fetch.transfer_id, ticket.epoch, len(blocks)))
+            return None
 
-    def _peer_of(self, handoff: Handoff) -> _Peer:
-        return self._peers[(handoff.ticket.worker_id, handoff.ticket.epoch)]
+    def tell(self, ticket: Ticket, message: KvFetch, on_answer: Callable[[bool, str], None]) -> None:
+        """Under the lock: ask another worker (`ticket` names it and its endpoints) for something.
 
-    def _end(self, handoff: Handoff) -> None:
-        handoff.ended = True
-        handoff.ended_at = time.monotonic()
-        del self._by_request[handoff.request.request_id]
-        self._peer_of(handoff).handoffs.pop(handoff.ticket.transfer_id, None)
+        `on_answer` is called once, under the lock: with the acknowledgement, or when the way there is lost.
+        """
+        self._peer(ticket).put_last(Piece(on_answer, message.transfer_id, ticket.epoch, message=message))
 
-    def _release(self, piece: _Piece) -> None:
+    # --- pieces -----------------------------------------------------------------------------------------------------
+
+    def _send_blocks(self, handoff: Handoff, blocks: list[int], first: int) -> None:
+        """`blocks`: of the ticket's blocks from `first` on. Those before `next_block` are not sent, but held as well."""
+        peer, ticket = self._peer_of(handoff), handoff.ticket
+        hold = _Hold(blocks)
+        self._engine.pool.acquire(blocks)
+        self.holding.append(blocks)
+        layers = range(self._engine.layout.num_layers)
+        end = first + len(blocks)
+        while handoff.next_block < end:
+            at = handoff.next_block
+            some = blocks[at - first : at - first + self._blocks_per_piece]
+            for part in peer.parts:
+                hold.num_pieces += 1
+                handoff.outstanding += 1
+                peer.put(part, Piece(handoff, handoff.transfer_id, ticket.epoch, at, some, layers, hold))
+            handoff.next_block += len(some)
+
+    def _send_last(self, handoff: Handoff, message: KvFirstToken | KvPrefix) -> None:
+        """Behind every block: in order where there is one channel, else when all are acknowledged."""
+        peer = self._peer_of(handoff)
+        piece = Piece(handoff, handoff.transfer_id, handoff.ticket.epoch, message=message)
+        if peer.in_order or handoff.outstanding == 0:
+            peer.put_last(piece)
+        else:
+            handoff.last = piece
+
+    def _acknowledged(self, peer: Peer, piece: Piece, ack: KvAck) -> None:
+        self._release(piece)
+        handoff = piece.owner
+        if not isinstance(handoff, Handoff):
+            handoff(ack.ok, ack.reason)
+            return
+        if handoff.ended:
+            return
+        if not ack.ok:
+            self._fail(handoff, f"refused by {peer.worker_id}: {ack.reason}")
+        elif piece.message is not None:
+            handoff.road = peer.road
+            self._end(handoff)
+            if handoff.request is not None:
+                self._on_end(handoff.request, handoff, None, "")
+        else:
+            handoff.outstanding -= 1
+            handoff.num_bytes += piece.num_bytes
+            if handoff.outstanding == 0 and handoff.last is not None:
+                peer.put_last(handoff.last)
+                handoff.last = None
+
+    def _lost(self, peer: Peer, pieces: list[Piece], reason: str) -> None:
+        key = (peer.worker_id, peer.epoch)
+        if self._peers.get(key) is peer:
+            del self._peers[key]
+        for piece in pieces:
+            self._release(piece)
+        for handoff in [h for h in self._open.values() if (h.ticket.worker_id, h.ticket.epoch) == key]:
+            self._fail(handoff, reason)
+        for piece in pieces:
+            if not isinstance(piece.owner, Handoff):
+                piece.owner(False, reason)
+
+    def _release(self, piece: Piece) -> None:
         hold = piece.hold
         if hold is None:
             return
@@ -186,140 +249,37 @@ class Handoffs:
             self._engine.pool.release(hold.blocks)
             self.holding.remove(hold.blocks)
 
+    # --- the end of a transfer: one path ----------------------------------------------------------------------------
+
+    def _peer(self, ticket: Ticket) -> Peer:
+        key = (ticket.worker_id, ticket.epoch)
+        peer = self._peers.get(key)
+        if peer is None:
+            peer = self._peers[key] = Peer(ticket, self._sender)
+        return peer
+
+    def _peer_of(self, handoff: Handoff) -> Peer:
+        return self._peers[(handoff.ticket.worker_id, handoff.ticket.epoch)]
+
+    def _end(self, handoff: Handoff) -> None:
+        handoff.ended = True
+        handoff.ended_at = time.monotonic()
+        handoff.last = None
+        del self._open[handoff.transfer_id]
+        if handoff.request is not None:
+            del self._by_request[handoff.request.request_id]
+        peer = self._peers.get((handoff.ticket.worker_id, handoff.ticket.epoch))
+        if peer is not None:
+            for piece in peer.withdraw(handoff.transfer_id):
+                self._release(piece)
+
     def _fail(self, handoff: Handoff, reason: str) -> None:
         if handoff.ended:
             return
         self._end(handoff)
-        self._engine.scheduler.cancel(handoff.request.request_id)
-        self._on_end(handoff, "transfer_failed", reason)
-
-    def _drop_peer(self, peer: _Peer, reason: str) -> None:
-        """The channel is of no use any more. Its hand-overs fail, its references go back."""
-        if peer.dead:
-            return
-        peer.dead = True
-        for handoff in list(peer.handoffs.values()):
-            self._fail(handoff, reason)
-        while peer.unacknowledged:
-            self._release(peer.unacknowledged.popleft())
-        self._empty(peer)
-        key = (peer.ticket.worker_id, peer.ticket.epoch)
-        if self._peers.get(key) is peer:
-            del self._peers[key]
-        peer.todo.put(None)
-        if peer.channel is not None:
-            peer.channel.close()
-
-    def _empty(self, peer: _Peer) -> None:
-        while not peer.todo.empty():
-            item = peer.todo.get_nowait()
-            if isinstance(item, _Piece):
-                self._release(item)
-
-    # --- the writing thread -----------------------------------------------------------------------------------------
-
-    def _write(self, peer: _Peer) -> None:
-        reason = "closed"
-        try:
-            channel = open_channel(
-                peer.ticket,
-                allowed=self._config.channels,
-                secret=self._secret,
-                peer_id=self._worker_id,
-                timeout_s=self._config.io_timeout_s,
-                arena_bytes=int(self._config.arena_memory),
-            )
-            with self._engine.lock:
-                peer.channel = channel
-                if peer.dead:
-                    channel.close()
-                    return
-            threading.Thread(
-                target=self._read, args=(peer, channel), name=f"kv-acks-{peer.ticket.worker_id}", daemon=True
-            ).start()
-            while (item := peer.todo.get()) is not None:
-                self._renew(peer, channel)
-                if not isinstance(item, KvRenew):
-                    self._write_one(peer, channel, item)
-        except (OSError, ProtocolError) as error:
-            reason = f"kv channel to {peer.ticket.worker_id} failed: {error}"
-            if not peer.dead:
-                logger.warning("%s", reason)
-        finally:
-            with self._engine.lock:
-                self._drop_peer(peer, reason)
-                self._empty(peer)
-
-    def _renew(self, peer: _Peer, channel: Channel) -> None:
-        with self._engine.lock:
-            renewal, peer.renewal = peer.renewal, None
-        if renewal is not None:
-            channel.send(renewal)
-
-    def _write_one(self, peer: _Peer, channel: Channel, item: _Piece | KvAbort) -> None:
-        if not isinstance(item, _Piece):
-            channel.send(item)
-            return
-        handoff = item.handoff
-        with self._engine.lock:
-            if handoff.ended or peer.dead:
-                self._release(item)
-                return
-            peer.unacknowledged.append(item)
-        ticket = handoff.ticket
-        if item.token is None:
-            num_bytes = len(item.blocks) * ticket.layout.block_bytes
-            handoff.num_bytes += num_bytes
-            message = KvBlocks(ticket.transfer_id, ticket.epoch, item.first, len(item.blocks), num_bytes)
-            channel.send_blocks(message, self._memory.outgoing(item.blocks))
-        else:
-            new = item.token
-            channel.send(
-                KvFirstToken(
-                    ticket.transfer_id,
-                    ticket.epoch,
-                    new.token,
-                    new.logprobs,
-                    handoff.request.num_cached_tokens,
-                )
-            )
-        item.sent_at = time.monotonic()
-
-    # --- the reading thread -----------------------------------------------------------------------------------------
-
-    def _read(self, peer: _Peer, channel: Channel) -> None:
-        reason = "closed"
-        try:
-            while True:
-                if not channel.poll(self._config.io_timeout_s):
-                    self._check_stall(peer)
-                    continue
-                ack = channel.recv_ack()
-                with self._engine.lock:
-                    if not peer.unacknowledged:
-                        raise ProtocolError("acknowledgement of nothing")
-                    piece = peer.unacknowledged.popleft()
-                    self._release(piece)
-                    handoff = piece.handoff
-                    if handoff.ended:
-                        continue
-                    if not ack.ok:
-                        self._fail(handoff, f"refused by {peer.ticket.worker_id}: {ack.reason}")
-                    elif piece.token is not None:
-                        handoff.channel_kind = channel.kind
-                        self._end(handoff)
-                        self._on_end(handoff, None, "")
-        except (OSError, ProtocolError) as error:
-            reason = f"kv channel to {peer.ticket.worker_id} failed: {error}"
-        finally:
-            with self._engine.lock:
-                self._drop_peer(peer, reason)
-
-    def _check_stall(self, peer: _Peer) -> None:
-        with self._engine.lock:
-            oldest = peer.unacknowledged[0] if peer.unacknowledged else None
-        if oldest is not None and 0 < oldest.sent_at < time.monotonic() - self._config.io_timeout_s:
-            raise TimeoutError(f"no acknowledgement for {self._config.io_timeout_s:g} s")
+        if handoff.request is not None:
+            self._engine.scheduler.cancel(handoff.request.request_id)
+            self._on_end(handoff.request, handoff, "transfer_failed", reason)
 
     # --- leases -----------------------------------------------------------------------------------------------------
 
@@ -332,7 +292,8 @@ class Handoffs:
             if not self._computing():
                 continue
             with self._engine.lock:
-                for peer in self._peers.values():
-                    if peer.handoffs and peer.renewal is None:
-                        peer.renewal = KvRenew(epoch=peer.ticket.epoch, transfer_ids=list(peer.handoffs))
-                        peer.todo.put(peer.renewal)  # wakes the writer
+                alive: dict[Peer, list[str]] = {}
+                for handoff in self._open.values():
+                    alive.setdefault(self._peer_of(handoff), []).append(handoff.transfer_id)
+                for peer, transfer_ids in alive.items():
+                    peer.renew(KvRenew(epoch=peer.epoch, transfer_ids=transfer_ids))

@@ -1,43 +1,26 @@
-"""The decode side's listener: takes blocks from prefill workers over tcp and shm, one thread for each sender."""
+"""The listener for KV blocks, on every road that this worker has; each connection gets a thread."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import secrets
-import select
 import socket
 import threading
 import time
+from collections.abc import Callable, Sequence
 
-from workers.protocol.frames import (
-    MAX_GREETING_BYTES,
-    ProtocolError,
-    judge_hello,
-    kv_to_receiver,
-    new_challenge,
-    recv_exactly,
-    recv_frame,
-    send_frame,
-)
-from workers.protocol.messages import (
-    KvAbort,
-    KvAck,
-    KvBlocks,
-    KvEndpoint,
-    KvFirstToken,
-    KvRenew,
-    Refused,
-    WorkerInfo,
-)
-from workers.transfer.arena import ArenaView, host_id, recv_arena
+from workers.config import TransferConfig
+from workers.protocol.frames import ProtocolError
+from workers.protocol.messages import KvEndpoint, KvFetch, KvLayout, WorkerInfo
 from workers.transfer.block_memory import BlockMemory
 from workers.transfer.channel import shut
-from workers.transfer.tickets import TicketGone, Tickets
+from workers.transfer.incoming import Incoming, Target
+from workers.transfer.roads import ROADS, usable
+from workers.transfer.tickets import Tickets
 
 logger = logging.getLogger(__name__)
 
-_SCRATCH_BYTES = 1 << 20
 _MAX_GREETINGS = (
     64  # peers that have not proved anything yet, each with a thread; one more and the oldest goes
 )
@@ -48,45 +31,55 @@ class Receiver:
     def __init__(
         self,
         tickets: Tickets,
-        memory: BlockMemory,
-        block_bytes: int,
+        memories: Sequence[BlockMemory],
+        layout: KvLayout,
+        config: TransferConfig,
         *,
         secret: bytes,
-        host: str,
-        channels: list[str],
-        io_timeout_s: float,
+        on_fetch: Callable[[KvFetch], str | None] = lambda fetch: "prefixes are not sent from here",
     ) -> None:
-        self._tickets = tickets
-        self._memory = memory
-        self._block_bytes = block_bytes
-        self._secret = secret
-        self._io_timeout_s = io_timeout_s
+        """`memories`: one for each rank. `on_fetch` answers why nothing will be sent, or None."""
         self._info: WorkerInfo | None = None
+        self._io_timeout_s = config.io_timeout_s
         self._stopping = False
         self._connections: set[socket.socket] = set()
         self._greetings: dict[socket.socket, None] = {}  # those in the handshake, oldest first
         self._lock = threading.Lock()
-        self._listeners: list[tuple[str, socket.socket]] = []
+        self._listeners: list[tuple[Target, socket.socket]] = []
         self.endpoints: list[KvEndpoint] = []
-        for kind in channels:
-            if kind == "shm":
-                # Abstract: the name vanishes with the process, so no file is ever left behind.
-                name = f"headrace-kv-{secrets.token_hex(12)}"
-                listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                listener.bind("\0" + name)
-                self.endpoints.append(KvEndpoint(kind="shm", address=name, host_id=host_id()))
-            else:
-                listener = socket.create_server((host, 0), reuse_port=False)
-                port = listener.getsockname()[1]
-                self.endpoints.append(KvEndpoint(kind="tcp", address=f"{host}:{port}"))
-            listener.listen(128)
-            self._listeners.append((kind, listener))
+        for rank, memory in enumerate(memories):
+            for name, lack in usable(config.channels, memory).items():
+                if lack is not None:
+                    continue
+                said = ROADS[name].endpoint(memory)
+                listener, address = _listen(name, config.host)
+                self.endpoints.append(KvEndpoint(kind=name, address=address, rank=rank, **said))
+                target = Target(
+                    road=ROADS[name],
+                    rank=rank,
+                    ranks=len(memories),
+                    memory=memory,
+                    layout=layout,
+                    config=config,
+                    tickets=tickets,
+                    secret=secret,
+                    on_fetch=on_fetch,
+                )
+                self._listeners.append((target, listener))
+        if not self._listeners:
+            lacks = "; ".join(f"{name}: {why}" for name, why in usable(config.channels, memories[0]).items())
+            raise ValueError(
+                f"none of transfer.channels can be used here: {lacks}; add tcp, which always can"
+            )
 
     def start(self, info: WorkerInfo) -> None:
         self._info = info
-        for kind, listener in self._listeners:
+        for target, listener in self._listeners:
             threading.Thread(
-                target=self._accept, args=(kind, listener), name=f"kv-accept-{kind}", daemon=True
+                target=self._accept,
+                args=(target, listener),
+                name=f"kv-accept-{target.road.name}",
+                daemon=True,
             ).start()
 
     def stop(self) -> None:
@@ -98,7 +91,8 @@ class Receiver:
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)  # its thread wakes up, and closes it
 
-    def _accept(self, kind: str, listener: socket.socket) -> None:
+    def _accept(self, target: Target, listener: socket.socket) -> None:
+        road = target.road.name
         while not self._stopping:
             try:
                 sock, _ = listener.accept()
@@ -106,7 +100,7 @@ class Receiver:
                 if self._stopping:
                     return
                 # Out of descriptors, or the peer left the queue: the listener is as good as before.
-                logger.warning("kv channel (%s): accept failed: %s", kind, error)
+                logger.warning("kv channel (%s): accept failed: %s", road, error)
                 time.sleep(_ACCEPT_PAUSE_S)
                 continue
             with self._lock:
@@ -117,106 +111,46 @@ class Receiver:
                     with contextlib.suppress(OSError):
                         oldest.shutdown(socket.SHUT_RDWR)  # its thread wakes up, and closes it
             threading.Thread(
-                target=self._serve, args=(kind, sock), name=f"kv-recv-{kind}", daemon=True
+                target=self._serve, args=(target, sock), name=f"kv-recv-{road}", daemon=True
             ).start()
 
-    def _serve(self, kind: str, sock: socket.socket) -> None:
+    def _serve(self, target: Target, sock: socket.socket) -> None:
+        assert self._info is not None
+        road = target.road.name
         with self._lock:
             self._connections.add(sock)
+        incoming = Incoming(sock, target, self._info)
         try:
             sock.settimeout(self._io_timeout_s)
-            if kind == "tcp":
+            if sock.family != socket.AF_UNIX:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            if self._handshake(sock):
+            if incoming.greet():
                 with self._lock:
                     self._greetings.pop(sock, None)
-                arena = recv_arena(sock, kv_to_receiver) if kind == "shm" else None
-                self._receive(sock, arena)
+                if incoming.open():
+                    incoming.run(lambda: self._stopping)
         except ProtocolError as error:
-            logger.warning("kv channel (%s) closed: %s", kind, error)
+            logger.warning("kv channel (%s) closed: %s", road, error)
         except OSError as error:
             if not self._stopping:
-                logger.info("kv channel (%s) ended: %s", kind, error)
+                logger.info("kv channel (%s) ended: %s", road, error)
         finally:
             with self._lock:
                 self._connections.discard(sock)
                 self._greetings.pop(sock, None)
-            shut(sock)
-
-    def _handshake(self, sock: socket.socket) -> bool:
-        assert self._info is not None
-        challenge = new_challenge()
-        send_frame(sock, challenge)
-        deadline = time.monotonic() + self._io_timeout_s
-        hello = recv_frame(sock, kv_to_receiver, max_bytes=MAX_GREETING_BYTES, deadline=deadline)
-        sock.settimeout(self._io_timeout_s)
-        answer = judge_hello(self._secret, challenge, hello, self._info)
-        send_frame(sock, answer)
-        if isinstance(answer, Refused):
-            logger.warning("kv channel refused: %s", answer.reason)
-            return False
-        return True
-
-    def _receive(self, sock: socket.socket, arena: ArenaView | None) -> None:
-        idle = select.poll()
-        idle.register(sock, select.POLLIN)
-        while not self._stopping:
-            idle.poll()  # between frames a sender may be silent for as long as it likes; leases look after tickets
-            message = recv_frame(sock, kv_to_receiver)
-            match message:
-                case KvBlocks():
-                    send_frame(sock, self._take_blocks(sock, arena, message))
-                case KvFirstToken():
-                    send_frame(sock, self._commit(message))
-                case KvRenew():
-                    for transfer_id in message.transfer_ids:
-                        self._tickets.renew(transfer_id, message.epoch)
-                case KvAbort():
-                    self._tickets.abort(message.transfer_id, message.epoch, message.reason)
-                case _:
-                    raise ProtocolError(f"{type(message).__name__} is not expected here")
-
-    def _take_blocks(self, sock: socket.socket, arena: ArenaView | None, message: KvBlocks) -> KvAck:
-        if message.num_bytes != message.count * self._block_bytes:
-            raise ProtocolError(
-                f"{message.count} blocks of {self._block_bytes} bytes announced as {message.num_bytes} bytes"
-            )
-        taken = 0
-        try:
-            with self._tickets.writing_blocks(
-                message.transfer_id, message.epoch, message.first, message.count
-            ) as blocks:
-                with self._memory.incoming(blocks) as views:
-                    if arena is not None:
-                        arena.pour(message.offset, views)
-                    else:
-                        for view in views:
-                            recv_exactly(sock, view)
-                            taken += len(view)
-        except TicketGone as error:
-            if arena is None:
-                _drain(sock, message.num_bytes - taken)
-            return KvAck(transfer_id=message.transfer_id, ok=False, reason=str(error))
-        except (OSError, ProtocolError) as error:
-            self._tickets.abort(message.transfer_id, message.epoch, f"the channel broke: {error}")
-            raise
-        return KvAck(transfer_id=message.transfer_id, ok=True)
-
-    def _commit(self, message: KvFirstToken) -> KvAck:
-        try:
-            self._tickets.commit(
-                message.transfer_id, message.epoch, message.token, message.logprobs, message.cached_tokens
-            )
-        except TicketGone as error:
-            return KvAck(transfer_id=message.transfer_id, ok=False, reason=str(error))
-        return KvAck(transfer_id=message.transfer_id, ok=True)
+            incoming.close()
 
 
-def _drain(sock: socket.socket, num_bytes: int) -> None:
-    """Bytes for a ticket that is gone: read into scratch and dropped, so that the channel stays in step."""
-    scratch = memoryview(bytearray(min(num_bytes, _SCRATCH_BYTES)))
-    while num_bytes > 0:
-        piece = scratch[: min(num_bytes, len(scratch))]
-        recv_exactly(sock, piece)
-        num_bytes -= len(piece)
+def _listen(road: str, host: str) -> tuple[socket.socket, str]:
+    """A listener for the connections of a road, and its address."""
+    if road == "shm":
+        # Abstract: the name vanishes with the process, so no file is ever left behind.
+        address = f"headrace-kv-{secrets.token_hex(12)}"
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind("\0" + address)
+    else:
+        listener = socket.create_server((host, 0), reuse_port=False)
+        address = f"{host}:{listener.getsockname()[1]}"
+    listener.listen(128)
+    return listener, address

@@ -21,6 +21,7 @@ from workers.engine.request import Request, State
 from workers.engine.scheduler import Scheduler
 from workers.protocol.hashes import hash_root
 from workers.protocol.messages import KvLayout, Sampling, Work, WorkerInfo
+from workers.shared_memory import SharedPages
 from workers.transfer.block_memory import BlockMemory, DeviceBlocks, HostBlocks
 from workers.transfer.handoff import Handoffs
 from workers.transfer.receiver import Receiver
@@ -53,9 +54,9 @@ class PatternEngine:
             max_num_seqs=64,
             max_num_batched_tokens=64,
         )
-        self.kv_cache = torch.zeros(
-            num_blocks, LAYOUT.num_layers, 2, LAYOUT.num_kv_heads, BLOCK, LAYOUT.head_dim
-        )
+        self.pages = SharedPages(num_blocks * LAYOUT.block_bytes)
+        shape = (num_blocks, LAYOUT.num_layers, 2, LAYOUT.num_kv_heads, BLOCK, LAYOUT.head_dim)
+        self.kv_cache = torch.from_numpy(self.pages.array).view(torch.float32).view(shape)
         self.rows = self.kv_cache.view(num_blocks, -1).view(torch.uint8)
 
     def write(self, request: Request, upto: int) -> None:
@@ -73,7 +74,10 @@ class PatternEngine:
         return True
 
     def memory(self, staged: bool) -> BlockMemory:
-        return DeviceBlocks(self.kv_cache) if staged else HostBlocks(self.kv_cache)
+        """`staged`: as if the cache were on a device."""
+        if staged:
+            return DeviceBlocks(self.kv_cache, LAYOUT)
+        return HostBlocks(self.pages.array, LAYOUT, shared=self.pages)
 
 
 @dataclass
@@ -92,12 +96,10 @@ class DecodeSide:
         self.tickets = Tickets(self.engine, self.worker_id, self.epoch, self._commit, self._lose)  # type: ignore[arg-type]
         self.receiver = Receiver(
             self.tickets,
-            self.engine.memory(self.staged),
-            LAYOUT.block_bytes,
+            [self.engine.memory(self.staged)],
+            LAYOUT,
+            TransferConfig(channels=self.channels, io_timeout_s=self.io_timeout_s),
             secret=SECRET,
-            host="127.0.0.1",
-            channels=self.channels,
-            io_timeout_s=self.io_timeout_s,
         )
         self.tickets.endpoints = self.receiver.endpoints
         self.receiver.start(info(self.worker_id, self.epoch))
@@ -138,22 +140,22 @@ class PrefillSide:
     channels: list[str]
     staged: bool = False
     io_timeout_s: float = 2.0
-    arena_memory: int = 1 << 20
+    ring_memory: int = 1 << 20
     lease_s: float = 2.0
     ended: dict[str, str | None] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
-    kinds: dict[str, str] = field(default_factory=dict)
+    roads: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         config = TransferConfig(
             channels=self.channels,
             io_timeout_s=self.io_timeout_s,
-            arena_memory=self.arena_memory,
+            ring_memory=self.ring_memory,
             lease_s=self.lease_s,
         )
         self.handoffs = Handoffs(
             self.engine,  # type: ignore[arg-type]
-            self.engine.memory(self.staged),
+            [self.engine.memory(self.staged)],
             config,
             worker_id="p0",
             secret=SECRET,
@@ -161,11 +163,11 @@ class PrefillSide:
         )
         self.handoffs.start()
 
-    def _end(self, handoff: Any, code: str | None, reason: str) -> None:
-        name = handoff.request.request_id
+    def _end(self, request: Request, handoff: Any, code: str | None, reason: str) -> None:
+        name = request.request_id
         self.ended[name] = code
         self.reasons[name] = reason
-        self.kinds[name] = handoff.channel_kind
+        self.roads[name] = handoff.road
 
     def accept(self, work: Work, ticket: Any) -> Request:
         request = Request(work, prefill_only=True)

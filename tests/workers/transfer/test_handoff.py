@@ -33,7 +33,7 @@ from workers.protocol.frames import (
     recv_frame,
     send_frame,
 )
-from workers.protocol.messages import KvBlocks, KvEndpoint, KvFirstToken, Ticket
+from workers.protocol.messages import KvBlocks, KvEndpoint, KvFirstToken, KvOpen, Ticket
 
 
 def until(condition: object, timeout_s: float = 10.0) -> None:
@@ -56,7 +56,7 @@ def at_rest(d: DecodeSide, p: PrefillSide) -> None:
             assert side.engine.pool.num_referenced == 0
 
 
-@pytest.fixture(params=["shm", "tcp", "tcp-staged"])
+@pytest.fixture(params=["shm", "shm-staged", "tcp", "tcp-staged"])
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[DecodeSide, PrefillSide]]:
     channel, _, staged = request.param.partition("-")
     d = DecodeSide(PatternEngine(64), [channel], staged=bool(staged))
@@ -79,7 +79,7 @@ def test_blocks_arrive_as_they_were(pair: Pair) -> None:
         assert d.committed[name]
     at_rest(d, p)
     assert p.ended == {"short": None, "exact": None, "long": None}
-    assert set(p.kinds.values()) == set(d.channels)
+    assert set(p.roads.values()) == set(d.channels)
 
 
 def test_blocks_that_d_has_are_not_sent(pair: Pair) -> None:
@@ -148,7 +148,7 @@ def test_a_queued_request_keeps_its_lease(pair: Pair) -> None:
 def test_a_request_that_queues_to_be_sent_keeps_its_lease() -> None:
     """The channel carries what one request has before it for longer than the lease of the next."""
     d = DecodeSide(PatternEngine(64), ["shm"])
-    p = PrefillSide(PatternEngine(64), ["shm"], arena_memory=2 * LAYOUT.block_bytes, lease_s=0.4)
+    p = PrefillSide(PatternEngine(64), ["shm"], ring_memory=2 * LAYOUT.block_bytes, lease_s=0.4)
     slow = d.engine.memory(staged=False)
 
     class SlowMemory:
@@ -171,9 +171,9 @@ def test_a_request_that_queues_to_be_sent_keeps_its_lease() -> None:
     d.stop()
 
 
-def test_an_arena_smaller_than_a_piece() -> None:
+def test_a_ring_smaller_than_a_piece() -> None:
     d = DecodeSide(PatternEngine(64), ["shm"])
-    p = PrefillSide(PatternEngine(64), ["shm"], arena_memory=1)
+    p = PrefillSide(PatternEngine(64), ["shm"], staged=True, ring_memory=1)
     w = work("a", list(range(100)))
     p.accept(w, d.reserve(w))
     p.run()
@@ -253,7 +253,7 @@ def test_the_decode_side_dies(pair: Pair) -> None:
     d, p = pair
     w = work("a", list(range(20)))
     p.accept(w, d.reserve(w))
-    until(lambda: p.handoffs.channels())
+    until(lambda: any(peer.road for peer in p.handoffs.peers().values()))
     d.stop()
     p.run()
     until(lambda: "a" in p.ended)
@@ -293,6 +293,8 @@ def dial(d: DecodeSide, secret: bytes = SECRET) -> socket.socket:
     hello = answer_challenge(secret, recv_frame(sock, kv_to_sender), "p9")
     send_frame(sock, hello)
     check_welcome(secret, hello, recv_frame(sock, kv_to_sender))
+    send_frame(sock, KvOpen(road="tcp", layout=LAYOUT))
+    assert recv_frame(sock, kv_to_sender).ok
     return sock
 
 
@@ -391,9 +393,19 @@ def test_first_token_before_all_blocks_is_never_committed(d: DecodeSide) -> None
     assert d.engine.pool.num_referenced == 0
 
 
-def test_blocks_out_of_order_or_outside_are_refused(d: DecodeSide) -> None:
+def test_blocks_come_in_any_order_but_only_once(d: DecodeSide) -> None:
     sock = dial(d)
-    for name, first, count in [("skip", 1, 1), ("beyond", 0, 6), ("negative", -1, 1)]:
+    ticket = d.reserve(work("twice", list(range(20))))
+    for first, count, ok in [(3, 2, True), (0, 1, True), (2, 2, False)]:
+        sock.sendall(blocks(ticket, first, count))
+        assert recv_frame(sock, kv_to_sender).ok is ok
+    assert d.lost["twice"] == "transfer_failed"
+    assert d.engine.pool.num_referenced == 0
+
+
+def test_blocks_outside_are_refused(d: DecodeSide) -> None:
+    sock = dial(d)
+    for name, first, count in [("beyond", 0, 6), ("behind", 5, 1), ("negative", -1, 1), ("none", 1, 0)]:
         ticket = d.reserve(work(name, list(range(20))))
         sock.sendall(blocks(ticket, first, count))
         assert not recv_frame(sock, kv_to_sender).ok

@@ -1,0 +1,73 @@
+"""Memory that other processes of the host can map, given its descriptor.
+
+An anonymous file (memfd) has no name, so nothing is left behind however a process dies. It is sealed, so that no peer
+can shrink it and make the others fault, and peers are given a descriptor that only reads.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class SharedPages:
+    """Zeros; pages take memory when they are first touched."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        writable = os.memfd_create("headrace-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(writable, num_bytes)
+            fcntl.fcntl(writable, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            self._map = mmap.mmap(writable, num_bytes)
+            self.fd = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC)  # for peers
+        finally:
+            os.close(writable)
+        self.array: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
+
+    @property
+    def address(self) -> int:
+        return int(self.array.ctypes.data)
+
+    def close(self) -> None:
+        """No more peers. The mapping itself goes when the last view of it does; unmapping under a copy would fault."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            self.close()
+
+
+class PagesError(Exception):
+    """What a peer has given is not memory that can be relied on."""
+
+
+class MappedPages:
+    """A peer's pages, read-only. Takes the descriptor over, and closes it."""
+
+    def __init__(self, fd: int, num_bytes: int) -> None:
+        try:
+            try:
+                sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+            except OSError:
+                sealed = 0
+            if not sealed:
+                raise PagesError("the memory could be shrunk under the reader")
+            size = os.fstat(fd).st_size
+            if not 0 < num_bytes <= size:
+                raise PagesError(f"the memory has {size} bytes, {num_bytes} were announced")
+            self._map = mmap.mmap(fd, num_bytes, prot=mmap.PROT_READ)
+        finally:
+            os.close(fd)
+        self.num_bytes = num_bytes
+        self.array: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
+
+    @property
+    def address(self) -> int:
+        return int(self.array.ctypes.data)
