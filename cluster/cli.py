@@ -258,6 +258,19 @@ def bench(
     os.execv(sys.executable, [sys.executable, "-m", _BENCHMARKS[what], *(arguments or [])])
 
 
+# The options are declared where the test is, for it runs without this command too.
+@app.command(
+    "nccl-test",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def nccl_test(context: typer.Context) -> None:
+    """Measure the collectives between GPUs (or CPUs: --backend gloo), like NVIDIA's nccl-tests."""
+    from cluster.nccl_test import main as run
+
+    raise typer.Exit(run(context.args))
+
+
 def _find_url(url: str | None, cluster: str | None) -> str:
     """--url, else --cluster's, else HEADRACE_URL, else that of the cluster which runs here, else the default port."""
     if url or (cluster is None and (url := os.environ.get("HEADRACE_URL"))):
