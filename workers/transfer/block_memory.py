@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kernels.cache_view import CacheView
-from kernels.cpu.relayout import compress_blocks, copy_blocks, restore_blocks
+from kernels.cpu.relayout import Dtype, compress_blocks, copy_blocks, restore_blocks
 from kernels.reference import gather_blocks, scatter_blocks
 from workers.protocol.messages import Compression, KvLayout
 from workers.shared_memory import SharedPages
@@ -241,6 +241,12 @@ def canonical_view(
     return CacheView.canonical(
         address, num_blocks, num_layers or layout.num_layers, num_heads, tokens, layout.tile_bytes // tokens
     )
+
+
+def _row_dtype(layout: KvLayout) -> Dtype:
+    if layout.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"blocks of {layout.dtype} cannot be compressed")
+    return cast(Dtype, layout.dtype)
 
 
 def block_memory(kv_cache: torch.Tensor, layout: KvLayout, shared: SharedPages | None = None) -> BlockMemory:
