@@ -115,7 +115,8 @@ struct Runs {
 
 // ---- rows of the wire -----------------------------------------------------------------------------------------------
 //
-// Plain loops without branches, which the compiler turns into the variant's vectors; each computes the same bits in all.
+// Plain loops, which the compiler turns into the variant's vectors; each computes the same bits in all. It does so only
+// where it sees no branch, hence `choose`.
 
 template <class T>
 inline T read(const uint8_t* p) {
@@ -131,29 +132,31 @@ inline To as(From value) {
   return out;
 }
 
+inline uint32_t choose(bool first, uint32_t a, uint32_t b) { return b ^ ((a ^ b) & (0u - static_cast<uint32_t>(first))); }
+
 constexpr uint32_t kInfinity = 0x7f800000u, kSize = 0x7fffffffu;
 
 inline float half_value(uint16_t half) {
   const uint32_t bits = half, size = (bits & 0x7fffu) << 13;
   const uint32_t normal = size + (112u << 23);
   const uint32_t small = as<uint32_t>(static_cast<float>(static_cast<int32_t>(bits & 0x7fffu)) * 0x1p-24f);
-  const uint32_t above = size >= (31u << 23) ? normal + (112u << 23) : normal;
-  return as<float>((size < (1u << 23) ? small : above) | (bits & 0x8000u) << 16);
+  const uint32_t above = choose(size >= (31u << 23), normal + (112u << 23), normal);
+  return as<float>(choose(size < (1u << 23), small, above) | (bits & 0x8000u) << 16);
 }
 
 inline uint16_t half_bits(float value) {
   const uint32_t bits = as<uint32_t>(value), size = bits & kSize;
   const uint32_t normal = (size + 0xfffu + ((size >> 13) & 1u) - (112u << 23)) >> 13;
   const uint32_t small = as<uint32_t>(as<float>(size) + 0.5f) - 0x3f000000u;  // steps of 2^-24
-  const uint32_t finite = size < (113u << 23) ? small : normal;
-  const uint32_t above = size > kInfinity ? 0x7e00u : 0x7c00u;
-  return static_cast<uint16_t>((size >= (143u << 23) ? above : finite) | (bits >> 16 & 0x8000u));
+  const uint32_t finite = choose(size < (113u << 23), small, normal);
+  const uint32_t above = choose(size > kInfinity, 0x7e00u, 0x7c00u);
+  return static_cast<uint16_t>(choose(size >= (143u << 23), above, finite) | (bits >> 16 & 0x8000u));
 }
 
 inline uint16_t bfloat_bits(float value) {
   const uint32_t bits = as<uint32_t>(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>((bits & kSize) > kInfinity ? 0x7fc0u : rounded);
+  return static_cast<uint16_t>(choose((bits & kSize) > kInfinity, 0x7fc0u, rounded));
 }
 
 // |value| at most a little above 448, the largest there is.
@@ -161,14 +164,14 @@ inline uint8_t e4m3_bits(float value) {
   const uint32_t bits = as<uint32_t>(value), size = bits & kSize;
   const uint32_t normal = (size + 0x7ffffu + ((size >> 20) & 1u) - (120u << 23)) >> 20;
   const uint32_t small = as<uint32_t>(as<float>(size) + 16384.0f) - 0x46800000u;  // steps of 2^-9 below 2^-6
-  return static_cast<uint8_t>((size < (121u << 23) ? small : normal) | (bits >> 24 & 0x80u));
+  return static_cast<uint8_t>(choose(size < (121u << 23), small, normal) | (bits >> 24 & 0x80u));
 }
 
 inline float e4m3_value(uint8_t byte) {
   const uint32_t bits = byte, size = bits & 0x7fu;
   const uint32_t small = as<uint32_t>(static_cast<float>(static_cast<int32_t>(size)) * 0x1p-9f);
-  const uint32_t normal = size == 0x7fu ? 0x7fc00000u : (size << 20) + (120u << 23);
-  return as<float>((size < 8u ? small : normal) | (bits & 0x80u) << 24);
+  const uint32_t normal = choose(size == 0x7fu, 0x7fc00000u, (size << 20) + (120u << 23));
+  return as<float>(choose(size < 8u, small, normal) | (bits & 0x80u) << 24);
 }
 
 template <RowType type>
