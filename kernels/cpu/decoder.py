@@ -137,8 +137,34 @@ class ThreadPool:
         return float(library.cdll.hr_pool_barrier_ns(self.handle, repeats))
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class LayerProgress:
+    """How far a decoder's steps are, to be asked from any thread while one runs. Keeps the decoder alive.
+
+    Steps are numbered by the calls of `CpuDecoder.step`, the first is 1.
+    """
+
+    _decoder: CpuDecoder
+
+    @property
+    def steps_begun(self) -> int:
+        """The number of the step that runs, or of the last one; 0 before the first."""
+        return self._read()[0]
+
+    def layers_done(self, step_number: int) -> int:
+        """Layers [0, this) have their keys and values in the cache for all tokens of that step, and whoever was told
+        so reads them. 0 for a step to come, all of the layers for one that another has followed."""
+        begun, layers = self._read()
+        if begun == step_number:
+            return layers
+        return len(self._decoder.model.layers) if step_number < begun else 0
+
+    def _read(self) -> tuple[int, int]:
+        return divmod(self._decoder.progress_word(), len(self._decoder.model.layers) + 1)
+
+
 class CpuDecoder:
-    """A model, its threads and its scratch memory, bound to one KV cache. One call at a time."""
+    """A model, its threads and its scratch memory, bound to one KV cache. One call at a time, but for `progress`."""
 
     def __init__(
         self, library: Library, pool: ThreadPool, model: PackedModel, kv: KvCache, max_tokens: int
@@ -153,6 +179,8 @@ class CpuDecoder:
         cdll.hr_runtime_delete.argtypes = [ctypes.c_void_p]
         cdll.hr_step.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         cdll.hr_step.restype = None
+        cdll.hr_progress.argtypes = [ctypes.c_void_p]
+        cdll.hr_progress.restype = ctypes.c_int64
         cdll.hr_stage_seconds.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         handle = cdll.hr_runtime_new(ctypes.byref(self._struct), ctypes.byref(kv), pool.handle, max_tokens)
         if not handle:
@@ -187,6 +215,19 @@ class CpuDecoder:
             logits_stride=logits.shape[1],
         )
         self._run(self._handle, ctypes.byref(given))
+
+    @property
+    def progress(self) -> LayerProgress:
+        return LayerProgress(self)
+
+    @property
+    def steps_begun(self) -> int:
+        """Calls of `step` so far, one that runs included: the next is the step `steps_begun + 1` of `progress`."""
+        return self.progress.steps_begun
+
+    def progress_word(self) -> int:
+        """Steps begun * (layers + 1) + layers written of the last: runtime.h. `progress` is its form for people."""
+        return int(self.library.cdll.hr_progress(self._handle))
 
     def stage_seconds(self) -> dict[str, float]:
         """Wall time spent in each stage since the decoder was made."""

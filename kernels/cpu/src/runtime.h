@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <vector>
 
@@ -22,6 +23,9 @@ class Runtime {
 
   void step(const Step& step);
   const double* stage_seconds() const { return stage_seconds_; }
+  // How far the steps are, for any thread to ask: steps begun * (num_layers + 1) + layers of the last one whose keys and
+  // values are in the cache for all its tokens. Never falls. Who reads it sees those keys and values.
+  int64_t progress() const { return progress_.load(std::memory_order_acquire); }
 
  private:
   struct Own {  // one thread's scratch
@@ -77,7 +81,8 @@ class Runtime {
   std::vector<TaskCounter> counters_;
   AttentionPlan plan_;
 
-  const Step* step_ = nullptr;
+  alignas(64) std::atomic<int64_t> progress_{0};  // others poll it: on a cache line of its own
+  alignas(64) const Step* step_ = nullptr;
   double stage_seconds_[kNumStages] = {};
   std::chrono::steady_clock::time_point mark_;
 };

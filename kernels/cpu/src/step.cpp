@@ -87,6 +87,8 @@ void Runtime::step(const Step& step) {
   plan_.make(step, pool_->size() > 1);
   for (auto& counter : counters_) counter.next.store(0, std::memory_order_relaxed);
   mark_ = std::chrono::steady_clock::now();
+  const int64_t words = shape_.num_layers + 1, before = progress_.load(std::memory_order_relaxed);
+  progress_.store((before / words + 1) * words, std::memory_order_release);
   pool_->run(body, this);
   step_ = nullptr;
 }
@@ -109,6 +111,8 @@ void Runtime::walk(int thread) {
     const Layer& layer = model_.layers[index];
     qkv(index, thread, counters_[counter++]);
     meet(kQkv, thread);
+    // All threads came to the barrier with this layer's keys and values written: the store hands them on.
+    if (thread == 0) progress_.store(progress_.load(std::memory_order_relaxed) + 1, std::memory_order_release);
     if (index == shape_.num_layers - 1 && step_->num_rows == 0) return;  // only keys and values were wanted
     attention(index, thread, counters_[counter++]);
     meet(kAttention, thread);
@@ -317,6 +321,8 @@ void* hr_runtime_new(const hr::Model* model, const hr::KvCache* kv, void* pool, 
 void hr_runtime_delete(void* runtime) { delete static_cast<hr::Runtime*>(runtime); }
 
 void hr_step(void* runtime, const hr::Step* step) { static_cast<hr::Runtime*>(runtime)->step(*step); }
+
+int64_t hr_progress(const void* runtime) { return static_cast<const hr::Runtime*>(runtime)->progress(); }
 
 // Seconds since the start in each stage: embedding, QKV, attention, output, gate and up, down, head.
 void hr_stage_seconds(void* runtime, double* out) {
