@@ -101,17 +101,31 @@ def recv_exactly(sock: socket.socket, view: memoryview, deadline: float | None =
     while received < len(view):
         if deadline is not None:
             sock.settimeout(max(deadline - time.monotonic(), 0.001))
-        count = sock.recv_into(view[received:])
+        try:
+            count = sock.recv_into(view[received:])
+        except BlockingIOError as error:
+            raise TimeoutError("the peer stalled inside a frame") from error
         if count == 0:
             raise ConnectionError("the peer closed the connection")
         received += count
+
+
+def block_in_kernel(sock: socket.socket, timeout_s: float) -> None:
+    """Let the kernel wait, at most so long, where Python would poll: one call moves a whole piece then."""
+    timeout = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+    sock.settimeout(None)
 
 
 def recv_views(sock: socket.socket, views: Sequence[memoryview]) -> None:
     """Fill `views` one after another, many with one call. Raises as `recv_exactly`."""
     pending = deque(view for view in views if len(view))
     while pending:
-        count = sock.recvmsg_into(list(islice(pending, _IOV_MAX)))[0]
+        try:
+            count = sock.recvmsg_into(list(islice(pending, _IOV_MAX)), 0, socket.MSG_WAITALL)[0]
+        except BlockingIOError as error:
+            raise TimeoutError("the peer stalled inside a frame") from error
         if count == 0:
             raise ConnectionError("the peer closed the connection")
         while count:
@@ -143,7 +157,10 @@ def send_views(sock: socket.socket, views: Iterable[memoryview]) -> None:
     """Send `views` one after another, many with one call, without copying them."""
     pending = deque(views)
     while pending:
-        sent = sock.sendmsg(list(islice(pending, _IOV_MAX)))
+        try:
+            sent = sock.sendmsg(list(islice(pending, _IOV_MAX)))
+        except BlockingIOError as error:
+            raise TimeoutError("the peer takes nothing") from error
         while sent:
             if sent < len(pending[0]):
                 pending[0] = pending[0][sent:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 
-from workers.protocol.frames import ProtocolError, encode, recv_views, send_views
+from workers.protocol.frames import ProtocolError, block_in_kernel, encode, recv_views, send_views
 from workers.protocol.messages import Compression, KvBlocks, KvEndpoint, KvOpen
 from workers.protocol.messages import Road as RoadName
 from workers.transfer.block_memory import BlockMemory
@@ -30,6 +30,7 @@ class Tcp:
         return TcpOutlet(end, compression)
 
     def inlet(self, end: End, opened: KvOpen, fds: Sequence[int], sock: socket.socket) -> TcpInlet:
+        block_in_kernel(sock, end.config.io_timeout_s)
         return TcpInlet(end, opened.compression, sock)
 
 
@@ -44,6 +45,8 @@ class TcpOutlet:
         pass
 
     def send(self, message: KvBlocks, blocks: Sequence[int], layers: range, sock: socket.socket) -> None:
+        if sock.gettimeout() is not None:
+            block_in_kernel(sock, self._end.config.io_timeout_s)
         views = self._end.memory.outgoing(blocks, layers, self._end.heads, self._compression)
         send_views(sock, [memoryview(encode(message)), *views])
 
