@@ -124,6 +124,12 @@ class TransferConfig(Section):
         "none",
         description="of blocks on the wire (tcp, nccl): int8 and fp8 halve the bytes of 16-bit caches, at some loss",
     )
+    layer_groups: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="parts in which the layers of a prefill chunk leave while it is computed; 1: with its end",
+    )
     ring_memory: ByteSize = Field(
         ByteSize(32 * 1024**2),
         gt=0,

@@ -297,7 +297,7 @@ class Serving:
                 self._wake.clear()
                 began = self._last_turn = time.monotonic()
                 try:
-                    worked = self._engine.step(self._deliver)
+                    worked = self._engine.step(self._deliver, self.handoffs.begin)
                 except StepFailed as error:
                     self._step_failed(error)
                     continue

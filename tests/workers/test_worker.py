@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from workers.config import EngineConfig, WorkerConfig
+from workers.config import EngineConfig, TransferConfig, WorkerConfig
 from workers.engine.engine import Engine
 from workers.models.catalog import prepare_model
 from workers.models.random_model import write_random_model
@@ -110,7 +110,9 @@ Start = Callable[..., Worker]
 def start(model: Path) -> Iterator[Start]:
     workers: list[Worker] = []
 
-    def launch(role: str = "decode", timeout_s: float = 5.0, **engine: Any) -> Worker:
+    def launch(
+        role: str = "decode", timeout_s: float = 5.0, transfer: dict[str, Any] | None = None, **engine: Any
+    ) -> Worker:
         worker = Worker(
             WorkerConfig(
                 worker_id=f"{role}-{len(workers)}",
@@ -122,6 +124,7 @@ def start(model: Path) -> Iterator[Start]:
                 secret=SECRET,
                 heartbeat_s=0.1,
                 timeout_s=timeout_s,
+                transfer=TransferConfig(**(transfer or {})),
                 engine=EngineConfig(**({"dtype": "float32", "num_blocks": 64, "num_threads": 1} | engine)),
             )
         )
@@ -213,8 +216,20 @@ def test_what_can_never_run_is_refused_with_the_reason(start: Start, bad: Work, 
     assert says in failed.message
 
 
-def test_prefill_and_decode_between_two_workers(start: Start, alone: Engine) -> None:
-    d, p = start("decode"), start("prefill")
+@pytest.mark.parametrize(
+    ("road", "transfer"),
+    [
+        ("shm", {}),
+        ("shm", {"layer_groups": 64}),
+        ("tcp", {"channels": ["tcp"], "tcp_streams": 1}),
+        ("tcp", {"channels": ["tcp"], "tcp_streams": 3, "layer_groups": 2}),
+    ],
+)
+def test_prefill_and_decode_between_two_workers(
+    start: Start, alone: Engine, road: str, transfer: dict[str, Any]
+) -> None:
+    chunks = {"max_num_batched_tokens": 40, "max_num_seqs": 8}
+    d, p = start("decode", transfer=transfer), start("prefill", transfer=transfer, **chunks)
     to_d, to_p = Client(d.info.address), Client(p.info.address)
     w = work(list(range(3, 100)))
     to_d.send(remote(w))
@@ -223,14 +238,14 @@ def test_prefill_and_decode_between_two_workers(start: Start, alone: Engine) -> 
     to_p.send(Prefill(w, ticket))
     done = to_p.next(PrefillDone)
     assert done.transfer_bytes == 7 * d.info.layout.block_bytes
-    assert done.channel == "shm"
+    assert done.channel == road
     assert to_d.tokens(w.request_id) == alone.generate([w.prompt], w.sampling)[0].tokens
     again = msgspec.structs.replace(w, request_id="again")
     to_d.send(remote(again))
     assert to_d.next(Ticketed).ticket.first_block == 6, "the decode worker has the full blocks"
     to_d.send(Cancel("again"))
     until(lambda: at_rest(d) and at_rest(p))
-    assert to_p.status().peers["decode-0"].road == "shm"
+    assert to_p.status().peers["decode-0"].road == road
 
 
 def test_workers_that_do_not_fit_each_other_say_how(start: Start) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -18,6 +19,9 @@ from workers.protocol.messages import KvLayout
 from workers.shared_memory import SharedPages
 
 logger = logging.getLogger(__name__)
+
+
+LayersDone = Callable[[], int]  # layers whose keys and values of a step are in the cache
 
 
 class Runner(Protocol):
@@ -41,6 +45,9 @@ class Runner(Protocol):
     @property
     def shared(self) -> SharedPages | None:
         """The pages of the KV cache, when other processes can map them."""
+
+    def watch_next(self) -> LayersDone | None:
+        """Of the step that is run next, to be asked from any thread. None: nobody can tell before its end."""
 
     def run(self, step: StepInput) -> list[Sampled]:
         """One entry for each of `step.samples`."""

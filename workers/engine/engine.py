@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from workers.config import EngineConfig
-from workers.engine.backend import open_backend
+from workers.engine.backend import LayersDone, open_backend
 from workers.engine.block_pool import BlockPool
 from workers.engine.plan import Plan, StepResult
 from workers.engine.proposers import open_speculation
@@ -96,13 +96,20 @@ class Engine:
     def device(self) -> torch.device:
         return self.runner.device
 
-    def step(self, deliver: Callable[[StepResult], None] = lambda result: None) -> bool:
+    def step(
+        self,
+        deliver: Callable[[StepResult], None] = lambda result: None,
+        begin: Callable[[Plan, LayersDone | None], None] = lambda plan, layers_done: None,
+    ) -> bool:
         """One step of the whole batch; False when there was nothing to compute.
 
-        `deliver` is called under the lock, before anybody else can see the new state. Raises StepFailed.
+        `deliver` is called under the lock, before anybody else can see the new state; `begin` under the lock too, right
+        before the step runs, with a function that tells how many layers it has written. Raises StepFailed.
         """
         with self.lock:
             plan = self.scheduler.schedule()
+            if plan.items:
+                begin(plan, self.runner.watch_next())
         if not plan.items:
             return False
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -118,6 +120,10 @@ class NativeRunner:
         self._sampler = sampler
         self._use_tiles = not config.deterministic
         self._logits = torch.empty((0, model.vocab))
+
+    def watch_next(self) -> Callable[[], int]:
+        number = self.decoder.steps_begun + 1
+        return partial(self.decoder.progress.layers_done, number)
 
     def run(self, step: StepInput) -> list[Sampled]:
         """One entry for each of `step.samples`."""

@@ -31,6 +31,9 @@ class TorchRunner:
         pages = None if self.shared is None else torch.from_numpy(self.shared.array)
         self.kv_cache = model.new_kv_cache(num_blocks, layout.block_size, pages)
 
+    def watch_next(self) -> None:
+        return None
+
     @torch.inference_mode()
     def run(self, step: StepInput) -> list[Sampled]:
         """One entry for each of `step.samples`."""

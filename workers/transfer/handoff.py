@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from workers.config import TransferConfig
 from workers.engine.engine import Engine
+from workers.engine.plan import Plan
 from workers.engine.request import NewToken, Request
 from workers.protocol.messages import (
     FailureCode,
@@ -34,6 +35,8 @@ from workers.transfer.block_memory import BlockMemory
 from workers.transfer.compatibility import mismatch
 from workers.transfer.peer import Peer, Piece, Sender
 
+_LAYER_POLL_S = 0.0005  # a layer of a prefill chunk takes milliseconds
+_IDLE_S = 1.0
 _PIECE_BYTES = 8 << 20  # of one frame: small enough that filling one overlaps with emptying the one before
 
 
@@ -44,6 +47,7 @@ class Handoff:
     ticket: Ticket
     request: Request | None
     next_block: int  # blocks before it have been queued for sending
+    stream: _Stream | None = None  # what a running step computes of it
     outstanding: int = 0  # pieces with blocks that are not acknowledged
     last: Piece | None = None  # the message that ends it, while it waits for acknowledgements
     ended: bool = False  # acknowledged whole, failed or cancelled
@@ -57,11 +61,22 @@ class Handoff:
 
 
 @dataclass(slots=True, eq=False)
+class _Stream:
+    """Blocks that a running step completes; their layers leave as soon as they are written."""
+
+    first: int
+    blocks: list[int]  # from `first` on
+    hold: _Hold
+    layers_done: Callable[[], int]
+    next_layer: int = 0  # layers before it have been queued for sending
+
+
+@dataclass(slots=True, eq=False)
 class _Hold:
-    """References on the first blocks of a request, up to what one step has computed; gone with the last piece."""
+    """References on the first blocks of a request, up to what one step has computed; gone with the last use."""
 
     blocks: list[int]
-    num_pieces: int = 0
+    num_uses: int = 1  # by pieces, and by whoever makes them
 
 
 class Handoffs:
@@ -91,19 +106,26 @@ class Handoffs:
         # Two pieces fit a ring: one is filled while the other is emptied.
         piece_bytes = min(_PIECE_BYTES, int(config.ring_memory) // 2)
         self._blocks_per_piece = max(1, piece_bytes // engine.layout.block_bytes)
+        self._layers = range(engine.layout.num_layers)
+        self._layers_at_once = -(-len(self._layers) // config.layer_groups)
         self._open: dict[str, Handoff] = {}  # by transfer id
         self._by_request: dict[str, Handoff] = {}
         self._peers: dict[tuple[str, int], Peer] = {}
         self._stopping = threading.Event()
         self._keeper = threading.Thread(target=self._keep_leases, name="lease-keeper", daemon=True)
+        self._watcher = threading.Thread(target=self._watch_layers, name="kv-layers", daemon=True)
+        self._streaming = threading.Condition(engine.lock)
         self.holding: list[list[int]] = []  # block references that pieces hold
 
     def start(self) -> None:
         self._keeper.start()
+        if self._config.layer_groups > 1:
+            self._watcher.start()
 
     def stop(self) -> None:
         self._stopping.set()
         with self._engine.lock:
+            self._streaming.notify_all()
             for peer in list(self._peers.values()):
                 peer.drop("the worker stops")
 
@@ -117,18 +139,41 @@ class Handoffs:
     # --- called with requests and steps -----------------------------------------------------------------------------
 
     def open(self, request: Request, ticket: Ticket) -> None:
-        """Before the request is scheduled. Raises ValueError when the two sides' ranks can't be matched."""
+        """Before the request is scheduled. Raises ValueError when the ticket can't be served: its ranks or its blocks."""
         with self._engine.lock:
+            if ticket.transfer_id in self._open:
+                raise ValueError(f"transfer {ticket.transfer_id} is already open")
+            _check_blocks(ticket)
             self._peer(ticket)
             handoff = Handoff(ticket, request, ticket.first_block)
             self._open[handoff.transfer_id] = handoff
             self._by_request[request.request_id] = handoff
+
+    def begin(self, plan: Plan, layers_done: Callable[[], int] | None) -> None:
+        """Under the lock, right before a step runs: what it completes may leave layer by layer.
+
+        `layers_done` tells how many layers of that step are written; None: nobody can tell.
+        """
+        if layers_done is None or self._config.layer_groups == 1:
+            return
+        for item in plan.items:
+            handoff = self._by_request.get(item.request.request_id)
+            if handoff is None:
+                continue
+            end = item.start + item.count
+            ready = handoff.ticket.num_blocks if item.samples else end // self._engine.layout.block_size
+            if handoff.next_block < ready:
+                blocks = item.request.block_table[:ready].tolist()
+                first, handoff.next_block = handoff.next_block, ready
+                handoff.stream = _Stream(first, blocks[first:], self._take_hold(blocks), layers_done)
+                self._streaming.notify_all()
 
     def advance(self, request: Request, token: NewToken | None) -> None:
         """Under the lock, right after a step: queue what it has computed. `token` when it was the last step."""
         handoff = self._by_request.get(request.request_id)
         if handoff is None:
             return
+        self._end_stream(handoff, send=True)
         ticket = handoff.ticket
         block_size = self._engine.layout.block_size
         ready = ticket.num_blocks if token else request.num_computed_tokens // block_size
@@ -155,13 +200,15 @@ class Handoffs:
         with self._engine.lock:
             if reason := mismatch(self._engine.layout, ticket.layout, ticket.worker_id):
                 return reason
+            if fetch.transfer_id != ticket.transfer_id:
+                return f"{fetch.transfer_id} is asked for with a ticket of {ticket.transfer_id}"
             if fetch.transfer_id in self._open:
                 return f"transfer {fetch.transfer_id} is already open"
-            wanted = ticket.num_blocks - ticket.first_block
-            blocks = self._engine.pool.match(fetch.hashes[: max(wanted, 0)])
-            if not blocks:
-                return "none of these blocks is held here"
             try:
+                _check_blocks(ticket)
+                blocks = self._engine.pool.match(fetch.hashes[: ticket.num_blocks - ticket.first_block])
+                if not blocks:
+                    return "none of these blocks is held here"
                 self._peer(ticket)
             except ValueError as error:
                 return str(error)
@@ -182,20 +229,59 @@ class Handoffs:
 
     def _send_blocks(self, handoff: Handoff, blocks: list[int], first: int) -> None:
         """`blocks`: of the ticket's blocks from `first` on. Those before `next_block` are not sent, but held as well."""
+        hold = self._take_hold(blocks)
+        at = handoff.next_block
+        self._send_layers(handoff, at, blocks[at - first :], self._layers, hold)
+        handoff.next_block = first + len(blocks)
+        self._drop_hold(hold)
+
+    def _send_layers(
+        self, handoff: Handoff, first: int, blocks: list[int], layers: range, hold: _Hold
+    ) -> None:
+        """`blocks`: of the ticket's blocks from `first` on."""
         peer, ticket = self._peer_of(handoff), handoff.ticket
-        hold = _Hold(blocks)
-        self._engine.pool.acquire(blocks)
-        self.holding.append(blocks)
-        layers = range(self._engine.layout.num_layers)
-        end = first + len(blocks)
-        while handoff.next_block < end:
-            at = handoff.next_block
-            some = blocks[at - first : at - first + self._blocks_per_piece]
+        at_once = self._blocks_per_piece * len(self._layers) // len(layers)
+        for at in range(0, len(blocks), at_once):
+            some = blocks[at : at + at_once]
             for part in peer.parts:
-                hold.num_pieces += 1
+                hold.num_uses += 1
                 handoff.outstanding += 1
-                peer.put(part, Piece(handoff, handoff.transfer_id, ticket.epoch, at, some, layers, hold))
-            handoff.next_block += len(some)
+                piece = Piece(handoff, handoff.transfer_id, ticket.epoch, first + at, some, layers, hold)
+                peer.put(part, piece)
+
+    def _watch_layers(self) -> None:
+        """Queues the layers of running steps as they are written."""
+        while not self._stopping.is_set():
+            with self._streaming:
+                streaming = [handoff for handoff in self._open.values() if handoff.stream is not None]
+                if not streaming:
+                    self._streaming.wait(_IDLE_S)
+                for handoff in streaming:
+                    self._send_written(handoff)
+            if streaming:
+                time.sleep(_LAYER_POLL_S)
+
+    def _send_written(self, handoff: Handoff) -> None:
+        stream = handoff.stream
+        assert stream is not None
+        done = stream.layers_done()
+        groups = (done - stream.next_layer) // self._layers_at_once
+        # The last layers wait for the end of the step, which is near.
+        if groups > 0 and done < len(self._layers):
+            end = stream.next_layer + groups * self._layers_at_once
+            self._send_layers(
+                handoff, stream.first, stream.blocks, range(stream.next_layer, end), stream.hold
+            )
+            stream.next_layer = end
+
+    def _end_stream(self, handoff: Handoff, *, send: bool) -> None:
+        stream, handoff.stream = handoff.stream, None
+        if stream is None:
+            return
+        if send and stream.next_layer < len(self._layers):
+            layers = range(stream.next_layer, len(self._layers))
+            self._send_layers(handoff, stream.first, stream.blocks, layers, stream.hold)
+        self._drop_hold(stream.hold)
 
     def _send_last(self, handoff: Handoff, message: KvFirstToken | KvPrefix) -> None:
         """Behind every block: in order where there is one channel, else when all are acknowledged."""
@@ -241,17 +327,25 @@ class Handoffs:
                 piece.owner(False, reason)
 
     def _release(self, piece: Piece) -> None:
-        hold = piece.hold
-        if hold is None:
-            return
-        hold.num_pieces -= 1
-        if hold.num_pieces == 0:
+        if piece.hold is not None:
+            self._drop_hold(piece.hold)
+
+    def _take_hold(self, blocks: list[int]) -> _Hold:
+        self._engine.pool.acquire(blocks)
+        self.holding.append(blocks)
+        return _Hold(blocks)
+
+    def _drop_hold(self, hold: _Hold) -> None:
+        hold.num_uses -= 1
+        if hold.num_uses == 0:
             self._engine.pool.release(hold.blocks)
             self.holding.remove(hold.blocks)
 
     # --- the end of a transfer: one path ----------------------------------------------------------------------------
 
     def _peer(self, ticket: Ticket) -> Peer:
+        if self._stopping.is_set():
+            raise ValueError("this worker stops")
         key = (ticket.worker_id, ticket.epoch)
         peer = self._peers.get(key)
         if peer is None:
@@ -265,6 +359,7 @@ class Handoffs:
         handoff.ended = True
         handoff.ended_at = time.monotonic()
         handoff.last = None
+        self._end_stream(handoff, send=False)
         del self._open[handoff.transfer_id]
         if handoff.request is not None:
             del self._by_request[handoff.request.request_id]
@@ -297,3 +392,8 @@ class Handoffs:
                     alive.setdefault(self._peer_of(handoff), []).append(handoff.transfer_id)
                 for peer, transfer_ids in alive.items():
                     peer.renew(KvRenew(epoch=peer.epoch, transfer_ids=transfer_ids))
+
+
+def _check_blocks(ticket: Ticket) -> None:
+    if not 0 <= ticket.first_block <= ticket.num_blocks:
+        raise ValueError(f"the ticket is for blocks {ticket.first_block}..{ticket.num_blocks}")
