@@ -6,12 +6,10 @@ Ray finds the GPUs, starts the ranks and carries the questions and answers; what
 from __future__ import annotations
 
 import importlib
-import signal
 from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from cluster.actors import death_reason
 from cluster.config import ConfigError, load_config
@@ -22,7 +20,7 @@ from kernels.nccl_tests.errors import BackendMissing, BadArguments, NcclTestErro
 from kernels.nccl_tests.local import make_rank
 from kernels.nccl_tests.options import Options, add_rendezvous, parse, parser
 from kernels.nccl_tests.plan import Case
-from kernels.nccl_tests.program import USAGE, WRONG, complain, leave, measure
+from kernels.nccl_tests.program import USAGE, WRONG, complain, leave, measure, told_to_end
 from kernels.nccl_tests.rank import Rank, Repeats, Result
 from kernels.nccl_tests.report import perform
 from kernels.nccl_tests.team import Team
@@ -124,7 +122,7 @@ def main(arguments: Sequence[str]) -> int:
     add_rendezvous(made)
     try:
         options = parse(made, arguments)
-        with _told_to_end():
+        with told_to_end():
             correct = _measure_on_ray(options) if _wants_ray(options) else measure(options)
         return 0 if correct else WRONG
     except (BadArguments, ConfigError) as error:
@@ -199,9 +197,7 @@ def _num_ranks(options: Options, runtime: RayRuntime) -> int:
     there = int(sum(host.gpus if kind == "GPU" else host.cpus for host in hosts))
     wanted = options.num_ranks or (there if kind == "GPU" else 2)
     if there < max(wanted, 1):
-        message = (
-            f"{max(wanted, 1)} ranks need a {kind} each; the {len(hosts)} nodes of this Ray have {there}"
-        )
+        message = f"{max(wanted, 1)} ranks need a {kind} each; this Ray has {there}, on nodes: {len(hosts)}"
         if kind == "GPU":
             raise BackendMissing(f"{message}. On CPUs the same test runs with --backend gloo.")
         raise BadArguments(message)
@@ -238,17 +234,3 @@ def _ray_team(options: Options, num_ranks: int) -> Iterator[Team]:
         for actor in actors:
             ray.kill(actor, no_restart=True)
         remove_placement_group(group)
-
-
-@contextmanager
-def _told_to_end() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does: in order."""
-
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

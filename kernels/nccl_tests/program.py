@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
 
 from kernels.nccl_tests.errors import BadArguments, NcclTestError
 from kernels.nccl_tests.local import follow_leader, gpu_team, leading_team, process_team
@@ -22,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse(made, sys.argv[1:] if arguments is None else arguments)
         led = options.led
-        return 0 if measure(options) else WRONG
+        with told_to_end():
+            return 0 if measure(options) else WRONG
     except BadArguments as error:
         return complain(error, USAGE)
     except NcclTestError as error:
@@ -47,6 +52,20 @@ def measure(options: Options) -> bool:
             return perform(run, team)
     team = gpu_team(options)
     return perform(options.run(len(team), "a thread each in one process"), team)
+
+
+@contextmanager
+def told_to_end() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does: in order, with all that it started."""
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def complain(error: Exception, status: int) -> int:

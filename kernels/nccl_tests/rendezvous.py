@@ -7,11 +7,14 @@ network that you trust, for as long as a test runs.
 from __future__ import annotations
 
 import json
+import queue
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from kernels.nccl_tests.collectives import About
@@ -22,6 +25,7 @@ from kernels.nccl_tests.team import Member
 
 _LONGEST_LINE = 1 << 20
 _RETRY_S = 0.2
+_LEADER_GONE = "rank 0 is gone"
 _HELLO_S = 5.0  # that someone who dialled gets to say who it is
 
 
@@ -73,6 +77,15 @@ class Connection:
         if not isinstance(message, dict):
             raise RendezvousError("what came is not a message of this test")
         return message
+
+    def is_gone(self) -> bool:
+        """Whether the other side has hung up, as far as can be seen now."""
+        if not select.select([self._socket], [], [], 0)[0]:
+            return False
+        try:
+            return self._socket.recv(1, socket.MSG_PEEK) == b""
+        except OSError:
+            return True
 
     def close(self) -> None:
         self._file.close()
@@ -212,17 +225,46 @@ def dial(host: str, port: int, rank: int, num_ranks: int, timeout_s: float) -> C
 
 
 def follow(connection: Connection, member: Member) -> None:
-    """Do what the leader asks until it says that all is done. Raises what the member raised, or RendezvousError."""
+    """Do what the leader asks until it says that all is done. Raises what the member raised, or RendezvousError.
+
+    When the leader is gone that is raised at once, whatever the member is at: the caller should end its process.
+    """
     while (request := connection.receive()) is not None:
+        call = str(request.get("call"))
         try:
-            result = _answer(member, str(request.get("call")), request.get("arguments") or {})
+            result = _attended(connection, partial(_answer, member, call, request.get("arguments") or {}))
+        except RendezvousError:
+            raise
         except NcclTestError as error:
             connection.send({"error": str(error)})
             raise
         connection.send({"result": result})
-        if request.get("call") == "close":
+        if call == "close":
             return
-    raise RendezvousError("rank 0 is gone")
+    raise RendezvousError(_LEADER_GONE)
+
+
+def _attended(connection: Connection, work: Callable[[], Any]) -> Any:
+    """Work on a thread of its own, while this one sees to it that somebody still wants the answer."""
+    answers: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answers.put((work(), None))
+        except Exception as error:  # noqa: BLE001 - raised below
+            answers.put((None, error))
+
+    threading.Thread(target=run, name="answer", daemon=True).start()
+    while True:
+        try:
+            answer, error = answers.get(timeout=_RETRY_S)
+        except queue.Empty:
+            if connection.is_gone():
+                raise RendezvousError(_LEADER_GONE) from None
+            continue
+        if error is not None:
+            raise error
+        return answer
 
 
 def _answer(member: Member, call: str, arguments: dict[str, Any]) -> Any:
@@ -239,4 +281,4 @@ def _answer(member: Member, call: str, arguments: dict[str, Any]) -> Any:
             return asdict(member.measure(Case(**arguments["case"]), Repeats(**arguments["repeats"])))
         case "close":
             return member.close()
-    raise RendezvousError(f"rank 0 asks for {call!r}, which this version does not know")
+    raise NcclTestError(f"rank 0 asks for {call!r}, which this version does not know")

@@ -149,7 +149,32 @@ def test_mistakes_are_told(arguments: list[str], message: str, capsys: pytest.Ca
 def test_options_are_those_of_nccl_tests() -> None:
     made = parser("x")
     add_rendezvous(made)
-    options = parse(made, ["reduce", "-b", "8", "-e", "1G", "-f", "2", "-n", "7", "-w", "3", "-d", "float16", "-o", "max", "-r", "1", "-c", "2", "-g", "4"])
+    options = parse(
+        made,
+        [
+            "reduce",
+            "-b",
+            "8",
+            "-e",
+            "1G",
+            "-f",
+            "2",
+            "-n",
+            "7",
+            "-w",
+            "3",
+            "-d",
+            "float16",
+            "-o",
+            "max",
+            "-r",
+            "1",
+            "-c",
+            "2",
+            "-g",
+            "4",
+        ],
+    )
     assert options.operations == ("reduce",)
     assert options.sizes == tuple(8 << n for n in range(28))
     assert (options.repeats.iterations, options.repeats.warmup, options.repeats.checks) == (7, 3, 2)

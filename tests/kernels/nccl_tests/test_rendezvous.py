@@ -149,6 +149,30 @@ def test_a_leader_that_goes_away_ends_its_followers() -> None:
     listening.close()
 
 
+def test_a_leader_that_goes_away_in_the_middle_is_noticed_at_once() -> None:
+    class Busy(FakeMember):
+        def measure(self, case: Case, repeats: Repeats) -> Result:
+            started.set()
+            threading.Event().wait()
+            raise AssertionError
+
+    started = threading.Event()
+    listening = Listener(HOST, 0)
+    follower = Follower(listening, 1, 2, Busy())
+    remote = listening.accept({1}, 2, 10.0)[1]
+
+    def ask() -> None:
+        with pytest.raises(NcclTestError):
+            remote.measure(CASE, REPEATS)
+
+    threading.Thread(target=ask, daemon=True).start()
+    assert started.wait(10)
+    remote._connection._socket.shutdown(socket.SHUT_RDWR)
+    follower.join(10)
+    assert str(follower.error) == "rank 0 is gone"
+    listening.close()
+
+
 def test_nobody_listens() -> None:
     with socket.socket() as free:
         free.bind((HOST, 0))
