@@ -120,6 +120,7 @@ def main(arguments: Sequence[str]) -> int:
     made = parser("headrace nccl-test")
     _add_ray(made)
     add_rendezvous(made)
+    options: Options | None = None
     try:
         options = parse(made, arguments)
         with told_to_end():
@@ -127,15 +128,13 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if correct else WRONG
     except (BadArguments, ConfigError) as error:
         return complain(error, USAGE)
-    except NcclTestError as error:
+    except (NcclTestError, RayError) as error:
         status = complain(error, WRONG)
-        if not _wants_ray(options) and options.backend == "nccl":
-            leave(status)  # a thread may hang in NCCL
-        return status
-    except RayError as error:
-        return complain(error, WRONG)
     except KeyboardInterrupt:
-        return _INTERRUPTED
+        status = _INTERRUPTED
+    if options is not None and options.backend == "nccl" and not _wants_ray(options):
+        leave(status)  # a thread of this process may hang in NCCL
+    return status
 
 
 def _add_ray(made: ArgumentParser) -> None:

@@ -16,6 +16,7 @@ ALIGNMENT_BYTES = 16  # a rank's part of a split buffer begins at a multiple of 
 NO_ROOT = -1
 NO_REDOP = "none"
 REDOPS = ("sum", "prod", "min", "max", "avg")
+_MOST_SIZES = 100_000
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -154,6 +155,10 @@ def sizes(min_bytes: int, max_bytes: int, step_bytes: int, step_factor: int | No
         raise BadArguments(f"--stepfactor is {step_factor}; it must be at least 2")
     if step_bytes < 1:
         raise BadArguments(f"--stepbytes is {step_bytes}; it must be at least 1")
+    if not step_factor and (max_bytes - min_bytes) // step_bytes >= _MOST_SIZES:
+        raise BadArguments(
+            f"--stepbytes is {step_bytes}: these are more than {_MOST_SIZES} sizes; raise it, or use -f"
+        )
     found = [min_bytes]
     while (size := found[-1] * step_factor if step_factor else found[-1] + step_bytes) <= max_bytes:
         found.append(size)

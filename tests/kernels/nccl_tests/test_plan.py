@@ -50,6 +50,7 @@ def test_a_factor_or_a_step_between_sizes() -> None:
         ((16, 8, 1, 2), r"--maxbytes \(8\) is less"),
         ((8, 16, 1, 1), "--stepfactor is 1; it must be at least 2"),
         ((8, 16, 0, None), "--stepbytes is 0"),
+        ((8, 1 << 40, 8, None), "more than 100000 sizes"),
     ],
 )
 def test_sizes_that_cannot_be(arguments: tuple[int, int, int, int | None], message: str) -> None:
