@@ -15,6 +15,7 @@ from workers.protocol.messages import (
     Failed,
     Prefill,
     PrefillDone,
+    PrefixHolder,
     Reserve,
     Ticket,
     Ticketed,
@@ -79,8 +80,11 @@ class Attempt:
     def wire_id(self) -> str:
         return self.work.request_id
 
-    async def reserve(self, local_prefill_max: int) -> Ticket | None:
-        """Ask D. A ticket when D waits for blocks, None when it has started by itself. Raises AttemptFailed."""
+    async def reserve(self, local_prefill_max: int, holder: PrefixHolder | None = None) -> Ticket | None:
+        """Ask D. A ticket when D waits for blocks, None when it has started by itself. Raises AttemptFailed.
+
+        `holder`: who has a longer prefix than D.
+        """
         self.decode.open(self.wire_id, self._inbox)
         self._decode_holds = True
         self.decode.send(
@@ -89,6 +93,7 @@ class Attempt:
                 transfer_id=self._transfer_id,
                 lease_s=self._lease_s,
                 local_prefill_max=local_prefill_max,
+                holder=holder,
             )
         )
         event = await self._next(self._answer_timeout_s)
@@ -97,12 +102,12 @@ class Attempt:
         self.taken = True
         return event.ticket if isinstance(event, Ticketed) else None
 
-    def hand_over(self, prefill: WorkerLink, ticket: Ticket) -> None:
-        """Tell P to compute the prompt and send D what the ticket lacks."""
+    def hand_over(self, prefill: WorkerLink, ticket: Ticket, holder: PrefixHolder | None = None) -> None:
+        """Tell P to compute the prompt and send D what the ticket lacks. `holder`: who has a longer prefix than P."""
         self.prefill = prefill
         prefill.open(self.wire_id, self._inbox)
         self._prefill_holds = True
-        prefill.send(Prefill(work=self.work, ticket=ticket))
+        prefill.send(Prefill(work=self.work, ticket=ticket, holder=holder))
 
     def book_prefill(self, booking: Booking) -> None:
         """Work that ends with the first token. Replaces an earlier booking of this kind."""

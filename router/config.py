@@ -38,6 +38,9 @@ class TierCredit(Section):
         0.75, ge=0, le=1, description="in the worker's host memory (engine.host_cache_memory)"
     )
     disk: float = Field(0.25, ge=0, le=1, description="on the worker's disk (engine.disk_cache_memory)")
+    remote: float = Field(
+        0.5, ge=0, le=1, description="in another worker's KV cache, from which it can be fetched"
+    )
 
 
 class PolicyConfig(Section):
@@ -50,6 +53,11 @@ class PolicyConfig(Section):
     )
     cache_credit: float = Field(1.0, ge=0, le=1, description="how much a cached token lowers the cost")
     tier_credit: TierCredit = TierCredit()
+    fetch_min_tokens: int = Field(
+        128,
+        ge=1,
+        description="a worker is told of a longer cached prefix elsewhere when it is this much longer",
+    )
     decode_block_weight: float = Field(
         1.0, ge=0, description="cost of one KV block in use on a decode worker"
     )

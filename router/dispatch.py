@@ -25,7 +25,7 @@ from router.policy import Choice, Demand, Policy, Score
 from router.prefix_index import PrefixIndex
 from router.request import Request
 from router.worker_link import LinkDown, WorkerLink
-from workers.protocol.messages import StatusReply, Ticket
+from workers.protocol.messages import PrefixHolder, StatusReply, Ticket
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,8 @@ class Dispatcher:
                         await self._wait(request, turn)
                         continue
                     attempt = self._book(request, choice)
-                    ticket = await attempt.reserve(choice.local_prefill_max)
+                    holder = self._holder(choice.demand, attempt.decode)
+                    ticket = await attempt.reserve(choice.local_prefill_max, holder)
                     self._placed(request, turn)
                     turn = None
                     self._start_prefill(request, attempt, choice, ticket)
@@ -217,9 +218,22 @@ class Dispatcher:
             raise AttemptFailed("no_prefill", None, f"{message}, and no prefill worker is left")
         self.metrics.prefills.labels("remote").inc()
         self._book_prefill(attempt, prefill)
-        attempt.hand_over(link, ticket)
+        attempt.hand_over(link, ticket, self._holder(choice.demand, link))
         self._note_routed(request, attempt.decode)
         self._note_routed(request, link)
+
+    def _holder(self, demand: Demand, link: WorkerLink) -> PrefixHolder | None:
+        """Who has a much longer prefix than the worker behind this link."""
+        found = self._policy.fetch_from(
+            demand, link.worker_id, lambda worker_id: self.fleet.link(worker_id) is not None
+        )
+        if found is None:
+            return None
+        worker_id, num_blocks = found
+        holder = self.fleet.link(worker_id)
+        assert holder is not None, "the policy chose among live workers"
+        info = holder.info
+        return PrefixHolder(info.worker_id, info.epoch, num_blocks, info.endpoints, info.ranks)
 
     def _note_routed(self, request: Request, link: WorkerLink) -> None:
         info = link.info

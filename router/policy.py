@@ -6,7 +6,8 @@ Pure: frozen inputs, an injected random source for ties, no clock. Costs are in 
     prefill share  = queued_prefill + prompt − credit·cached                                   of P
 
 `credit` is less where cached blocks lie in a slower tier and have to be loaded first (`policy.tier_credit`); whether
-they are uncached, that is have to be computed, is another question: they are not.
+they are uncached, that is have to be computed, is another question: they are not. A prefix that is longer on another worker
+can be fetched from there; how far that pays the worker judges, who has measured the way.
 
 A pair costs the sum of both shares. A D that can prefill what it lacks by itself (at most `local_prefill_max`
 tokens, or because there is no prefill worker) needs no P and costs only its own share.
@@ -14,8 +15,9 @@ tokens, or because there is no prefill worker) needs no P and costs only its own
 
 from __future__ import annotations
 
+import heapq
 import random
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from router.config import PolicyConfig
@@ -66,6 +68,7 @@ class Choice:
     prefill: Score | None
     local_prefill_max: int  # tokens; what to tell D in Reserve
     scores: tuple[Score, ...]
+    demand: Demand
 
 
 class Policy:
@@ -77,7 +80,8 @@ class Policy:
         self, demand: Demand, views: Iterable[WorkerView], exclude: Collection[str] = ()
     ) -> Choice | None:
         """The cheapest pair. None: no decode worker is left to choose from."""
-        scores = [self._score(demand, view) for view in views if view.worker_id not in exclude]
+        longest = self._longest(demand)
+        scores = [self._score(demand, view, longest) for view in views if view.worker_id not in exclude]
         decodes = [score for score in scores if score.role == "decode"]
         if not decodes:
             return None
@@ -91,24 +95,51 @@ class Policy:
             prefill=prefill if decode.uncached_tokens > local_max else None,
             local_prefill_max=local_max,
             scores=tuple(sorted(scores, key=lambda score: (score.role, score.cost))),
+            demand=demand,
         )
 
     def choose_prefill(
         self, demand: Demand, views: Iterable[WorkerView], exclude: Collection[str] = ()
     ) -> Score | None:
         """The cheapest prefill worker, for a D that turned out to need one. None: there is none."""
+        longest = self._longest(demand)
         return self._cheapest(
             [
-                self._score(demand, view)
+                self._score(demand, view, longest)
                 for view in views
                 if view.role == "prefill" and view.worker_id not in exclude
             ]
         )
 
-    def _score(self, demand: Demand, view: WorkerView) -> Score:
+    def fetch_from(
+        self, demand: Demand, worker_id: str, reachable: Callable[[str], bool]
+    ) -> tuple[str, int] | None:
+        """Another worker whose cached prefix is much longer than this one's, and its length in blocks."""
+        own = demand.cached_blocks.get(worker_id, _NOTHING).blocks
+        others = [
+            (prefix.device, other)
+            for other, prefix in demand.cached_blocks.items()
+            if other != worker_id and reachable(other)
+        ]
+        blocks, other = max(others, default=(0, ""))
+        if (blocks - own) * demand.block_size < self._config.fetch_min_tokens:
+            return None
+        return other, blocks
+
+    @staticmethod
+    def _longest(demand: Demand) -> list[tuple[int, str]]:
+        """The two longest prefixes in a KV cache: that of the second is what the first could fetch."""
+        found = ((prefix.device, worker_id) for worker_id, prefix in demand.cached_blocks.items())
+        return heapq.nlargest(2, found)
+
+    def _score(self, demand: Demand, view: WorkerView, longest: list[tuple[int, str]]) -> Score:
         prefix = demand.cached_blocks.get(view.worker_id, _NOTHING)
         cached = min(prefix.blocks * demand.block_size, demand.prompt_tokens)
         saved = cached * self._config.cache_credit * self._worth(prefix)
+        elsewhere = next((blocks for blocks, other in longest if other != view.worker_id), 0)
+        fetchable = min(elsewhere * demand.block_size, demand.prompt_tokens) - cached
+        if fetchable >= self._config.fetch_min_tokens:
+            saved += fetchable * self._config.cache_credit * self._config.tier_credit.remote
         cost = view.queued_prefill_tokens + demand.prompt_tokens - saved
         if view.role == "decode":
             cost += self._config.decode_block_weight * view.active_blocks

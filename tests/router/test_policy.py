@@ -47,7 +47,8 @@ def test_without_a_prefill_worker_the_decode_worker_does_it_all():
 
 def test_the_cost_is_the_designs_formula():
     views = [decode("d", queued=30, blocks=7), prefill("p", queued=50)]
-    choice = policy(cache_credit=0.5, decode_block_weight=2).choose(demand(1000, d=10, p=20), views)
+    chooser = policy(cache_credit=0.5, decode_block_weight=2, tier_credit={"remote": 0})
+    choice = chooser.choose(demand(1000, d=10, p=20), views)
     assert choice.decode.cost == 30 + 1000 - 0.5 * 160 + 2 * 7
     assert choice.prefill.cost == 50 + 1000 - 0.5 * 320
     assert (choice.decode.uncached_tokens, choice.prefill.uncached_tokens) == (840, 680)
@@ -93,6 +94,27 @@ def test_slower_tiers_are_worth_less_but_are_cached_all_the_same():
     assert len({s.cost for s in equal.scores if s.role == "decode"}) == 1
 
 
+def test_what_can_be_fetched_from_another_worker_counts_in_part():
+    views = [decode("d"), decode("e"), prefill("p")]
+    chooser = policy(fetch_min_tokens=64, tier_credit={"remote": 0.5})
+    cost = {s.worker_id: s.cost for s in chooser.choose(demand(1000, d=50, e=47, p=10), views).scores}
+    assert cost["d"] == 1000 - 800, "nobody has more"
+    assert cost["e"] == 1000 - 752, "three blocks are not worth the way"
+    assert cost["p"] == 1000 - 160 - 0.5 * 640
+    below = chooser.choose(demand(1000, d=CachedPrefix(50, host=48)), views)
+    assert {s.worker_id: s.cost for s in below.scores}["e"] == 1000, "only a KV cache is fetched from"
+
+
+def test_whom_to_fetch_from():
+    chooser = policy(fetch_min_tokens=64)
+    held = demand(1000, d=50, e=40, p=10)
+    assert chooser.fetch_from(held, "p", lambda worker: True) == ("d", 50)
+    assert chooser.fetch_from(held, "p", lambda worker: worker != "d") == ("e", 40)
+    assert chooser.fetch_from(held, "d", lambda worker: True) is None
+    assert chooser.fetch_from(demand(1000, d=13, p=10), "p", lambda worker: True) is None
+    assert chooser.fetch_from(demand(1000), "p", lambda worker: True) is None
+
+
 def test_ties_are_broken_at_random():
     chooser = policy()
     views = [decode("d1"), decode("d2"), decode("d3"), prefill("p1"), prefill("p2")]
@@ -118,7 +140,8 @@ def test_no_pair_is_cheaper(decodes, prefills, prompt):
     views += [prefill(f"p{i}", q) for i, (q, _) in enumerate(prefills)]
     cached = {f"d{i}": c for i, (_, _, c) in enumerate(decodes)}
     cached |= {f"p{i}": c for i, (_, c) in enumerate(prefills)}
-    choice = policy(local_prefill_max=64).choose(demand(prompt, **cached), views)
+    chooser = policy(local_prefill_max=64, tier_credit={"remote": 0})
+    choice = chooser.choose(demand(prompt, **cached), views)
 
     def tokens(worker: str) -> int:
         return min(16 * cached[worker], prompt)

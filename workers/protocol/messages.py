@@ -126,6 +126,7 @@ class WorkerInfo(Struct, frozen=True):
     device: str  # and what computes on it, e.g. "cpu (avx512_bf16)"
     pid: int
     endpoints: list[KvEndpoint] = []
+    ranks: int = 1  # that share the KV heads
 
 
 class Ticket(Struct, frozen=True):
@@ -140,6 +141,16 @@ class Ticket(Struct, frozen=True):
     layout: KvLayout  # of the whole model, however many ranks share it
     endpoints: list[KvEndpoint]
     ranks: int = 1  # the receiver's KV heads are shared out among so many
+
+
+class PrefixHolder(Struct, frozen=True):
+    """Somebody else who has a longer prefix of the prompt cached, as the index has it: it can be fetched from there."""
+
+    worker_id: str
+    epoch: int
+    num_blocks: int  # of the prefix
+    endpoints: list[KvEndpoint]
+    ranks: int = 1
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True):
@@ -211,6 +222,7 @@ class Reserve(Struct, frozen=True, tag="rsv"):
     transfer_id: str
     lease_s: float
     local_prefill_max: int  # tokens; a very large value means: no prefill worker, do it all yourself
+    holder: PrefixHolder | None = None
 
 
 class Prefill(Struct, frozen=True, tag="pre"):
@@ -218,6 +230,7 @@ class Prefill(Struct, frozen=True, tag="pre"):
 
     work: Work
     ticket: Ticket
+    holder: PrefixHolder | None = None
 
 
 class Cancel(Struct, frozen=True, tag="cancel"):
