@@ -63,7 +63,10 @@ class Arrivals:
             num_blocks = wanted
         if not self._source_ranks:
             return num_blocks == 0
-        return self._missing == (wanted - num_blocks) * self._num_layers * len(self._claimed)
+        if self._missing != (wanted - num_blocks) * self._num_layers * len(self._claimed):
+            return False
+        first_unwanted = num_blocks * self._num_layers
+        return all(cells.find(1, first_unwanted) < 0 for cells in self._claimed.values())
 
     @property
     def progress(self) -> str:

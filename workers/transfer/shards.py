@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_MAX_RANKS = (
+    1024  # peers say how many they have, and parts are counted out before anything else is known of them
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -29,8 +33,7 @@ def heads_of(rank: int, ranks: int, num_kv_heads: int) -> range:
     """KV heads of the model that a rank holds. Raises ValueError when they can't be shared out evenly."""
     if not 0 <= rank < ranks:
         raise ValueError(f"rank {rank} of {ranks}")
-    if num_kv_heads % ranks and ranks % num_kv_heads:
-        raise ValueError(f"{num_kv_heads} KV heads cannot be shared out evenly among {ranks} ranks")
+    _check(ranks, num_kv_heads)
     if ranks <= num_kv_heads:
         each = num_kv_heads // ranks
         return range(rank * each, (rank + 1) * each)
@@ -39,7 +42,12 @@ def heads_of(rank: int, ranks: int, num_kv_heads: int) -> range:
 
 
 def parts(source_ranks: int, destination_ranks: int, num_kv_heads: int) -> tuple[Part, ...]:
-    """Every head of every destination rank exactly once. Where several sources hold a head, they take turns."""
+    """Every head of every destination rank exactly once. Where several sources hold a head, they take turns.
+
+    Raises ValueError when either side's heads can't be shared out evenly.
+    """
+    _check(source_ranks, num_kv_heads)
+    _check(destination_ranks, num_kv_heads)
     found = []
     for destination in range(destination_ranks):
         wanted = heads_of(destination, destination_ranks, num_kv_heads)
@@ -54,6 +62,13 @@ def parts(source_ranks: int, destination_ranks: int, num_kv_heads: int) -> tuple
             if heads:
                 found.append(Part(source, destination, heads))
     return tuple(found)
+
+
+def _check(ranks: int, num_kv_heads: int) -> None:
+    if not 0 < ranks <= _MAX_RANKS:
+        raise ValueError(f"{ranks} ranks; a worker has 1 to {_MAX_RANKS}")
+    if num_kv_heads % ranks and ranks % num_kv_heads:
+        raise ValueError(f"{num_kv_heads} KV heads cannot be shared out evenly among {ranks} ranks")
 
 
 def _counted_from(first: int, heads: range) -> range:
