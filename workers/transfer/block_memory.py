@@ -17,9 +17,12 @@ from numpy.typing import NDArray
 
 from kernels.cache_view import CacheView
 from kernels.cpu.relayout import Dtype, compress_blocks, copy_blocks, restore_blocks
-from kernels.reference import gather_blocks, scatter_blocks
+from kernels.reference_relayout import part
+from workers.cuda import device_errors, stream_on, wait_for
+from workers.device_memory import DevicePages
 from workers.protocol.messages import Compression, KvLayout
 from workers.shared_memory import SharedPages
+from workers.transfer.device_relayout import relayout_on
 
 View = memoryview
 
@@ -154,18 +157,76 @@ class HostBlocks:
 
 
 class DeviceBlocks:
-    """A cache on a device: blocks are gathered into host memory and scattered from it."""
+    """A cache on a device. Towards the host blocks pass through pinned memory, which torch keeps for the next ones.
+
+    What is asked of the device is queued on streams of its own, behind what the model has queued by then, and waited for.
+    """
 
     shared = None
 
-    def __init__(self, kv_cache: torch.Tensor, layout: KvLayout) -> None:
-        """[num_blocks, num_layers, 2, heads of this rank, block_size, head_dim]"""
+    def __init__(self, kv_cache: torch.Tensor, layout: KvLayout, exported: DevicePages | None = None) -> None:
+        """[num_blocks, num_layers, 2, heads of this rank, block_size, head_dim]; `exported`: the memory it lies in, when
+        other processes can open it."""
         self._kv_cache = kv_cache
         self._layout = layout
+        self.exported = exported
+        self._leaving, self._arriving = stream_on(kv_cache.device), stream_on(kv_cache.device)
+        self._relayout = relayout_on(kv_cache.device)
 
     @property
     def device(self) -> torch.device:
         return self._kv_cache.device
+
+    @property
+    def view(self) -> CacheView:
+        cache, item = self._kv_cache, self._kv_cache.element_size()
+        block, layer, kv, head, token, _ = (stride * item for stride in cache.stride())
+        num_blocks, num_layers, _, num_heads, num_tokens, head_dim = cache.shape
+        return CacheView(
+            address=cache.data_ptr(),
+            num_blocks=num_blocks,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_tokens=num_tokens,
+            row_bytes=head_dim * item,
+            block_stride=block,
+            layer_stride=layer,
+            kv_stride=kv,
+            head_stride=head,
+            token_stride=token,
+        )
+
+    def empty(self, num_bytes: int) -> torch.Tensor:
+        """Beside the cache. Raises DeviceError."""
+        with device_errors(f"{num_bytes} bytes of staging on {self.device}"):
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+
+    # --- on the device: queued on the caller's stream ---------------------------------------------------------------
+
+    @torch.inference_mode()
+    def gather(
+        self,
+        wire: torch.Tensor,
+        blocks: Sequence[int],
+        layers: range | None = None,
+        heads: range | None = None,
+        compression: Compression = "none",
+    ) -> None:
+        """Into `wire`, uint8 on the cache's device."""
+        self._relayout.gather(wire, self._part(layers, heads), self._ids(blocks), compression)
+
+    @torch.inference_mode()
+    def scatter(
+        self,
+        wire: torch.Tensor,
+        blocks: Sequence[int],
+        layers: range | None = None,
+        heads: range | None = None,
+        compression: Compression = "none",
+    ) -> None:
+        self._relayout.scatter(self._part(layers, heads), self._ids(blocks), wire, compression)
+
+    # --- by way of the host: done when the call returns -------------------------------------------------------------
 
     def outgoing(
         self,
@@ -174,11 +235,14 @@ class DeviceBlocks:
         heads: range | None = None,
         compression: Compression = "none",
     ) -> list[View]:
-        gathered = gather_blocks(self._part(layers, heads), self._ids(blocks)).cpu().contiguous()
-        staged = _bytes_of(gathered)
-        if compression == "none":
-            return [staged.data]
-        return self._staging(staged, gathered).outgoing(range(len(blocks)), compression=compression)
+        host = self._host(self._num_bytes(blocks, layers, heads, compression))
+        with device_errors("blocks from the device"), self._leaving.use():
+            wire = host if self.device.type == "cpu" else torch.empty_like(host, device=self.device)
+            self.gather(wire, blocks, layers, heads, compression)
+            if wire is not host:
+                host.copy_(wire, non_blocking=True)
+            wait_for(self._leaving.record(), "gathering")
+        return [_bytes_of(host).data]
 
     @contextlib.contextmanager
     def incoming(
@@ -188,13 +252,9 @@ class DeviceBlocks:
         heads: range | None = None,
         compression: Compression = "none",
     ) -> Iterator[list[View]]:
-        part = self._part(layers, heads)
-        arrived = torch.empty((len(blocks), *part.shape[1:]), dtype=part.dtype)
-        with self._staging(_bytes_of(arrived), arrived).incoming(
-            range(len(blocks)), compression=compression
-        ) as views:
-            yield views
-        scatter_blocks(part, self._ids(blocks), arrived.to(self.device))
+        host = self._host(self._num_bytes(blocks, layers, heads, compression))
+        yield [_bytes_of(host).data]
+        self._bring(host, blocks, layers, heads, compression)
 
     def pull(
         self,
@@ -204,33 +264,44 @@ class DeviceBlocks:
         layers: range | None = None,
         heads: range | None = None,
     ) -> None:
-        part = self._part(layers, heads)
-        arrived = torch.empty((len(blocks), *part.shape[1:]), dtype=part.dtype)
-        self._staging(_bytes_of(arrived), arrived).pull(range(len(blocks)), source, source_blocks)
-        scatter_blocks(part, self._ids(blocks), arrived.to(self.device))
+        host = self._host(self._num_bytes(blocks, layers, heads, "none"))
+        num_layers, num_heads = self._part(layers, heads).shape[1:4:2]
+        staged = canonical_view(self._layout, host.data_ptr(), len(blocks), num_heads, num_layers)
+        copy_blocks(staged, range(len(blocks)), source, source_blocks)
+        self._bring(host, blocks, layers, heads, "none")
+
+    def _bring(
+        self,
+        host: torch.Tensor,
+        blocks: Sequence[int],
+        layers: range | None,
+        heads: range | None,
+        compression: Compression,
+    ) -> None:
+        with device_errors("blocks to the device"), self._arriving.use():
+            try:
+                wire = host.to(self.device, non_blocking=True)
+                self.scatter(wire, blocks, layers, heads, compression)
+            finally:
+                # What was queued can't be called back: the blocks are the writer's until it is done.
+                wait_for(self._arriving.record(), "scattering")
 
     def _part(self, layers: range | None, heads: range | None) -> torch.Tensor:
-        part = self._kv_cache
-        if layers is not None:
-            part = part[:, layers.start : layers.stop]
-        if heads is not None:
-            part = part[:, :, :, heads.start : heads.stop]
-        return part
+        return part(self._kv_cache, layers, heads)
 
-    def _staging(self, pages: NDArray[np.uint8], blocks: torch.Tensor) -> HostBlocks:
-        _, num_layers, _, num_heads, _, _ = blocks.shape
-        whole = KvLayout(
-            num_layers=num_layers,
-            num_kv_heads=num_heads,
-            head_dim=self._layout.head_dim,
-            block_size=self._layout.block_size,
-            dtype=self._layout.dtype,
-            model_fingerprint=self._layout.model_fingerprint,
-        )
-        return HostBlocks(pages, whole)
+    def _num_bytes(
+        self, blocks: Sequence[int], layers: range | None, heads: range | None, compression: Compression
+    ) -> int:
+        num_layers, num_heads = self._part(layers, heads).shape[1:4:2]
+        return self._layout.wire_bytes(len(blocks), num_layers, num_heads, compression)
+
+    def _host(self, num_bytes: int) -> torch.Tensor:
+        with device_errors(f"{num_bytes} bytes of pinned memory"):
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
 
     def _ids(self, blocks: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(list(blocks), dtype=torch.int64, device=self._kv_cache.device)
+        ids = torch.tensor(list(blocks), dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        return ids.to(self.device, non_blocking=True)
 
 
 def canonical_view(
@@ -249,11 +320,13 @@ def _row_dtype(layout: KvLayout) -> Dtype:
     return cast(Dtype, layout.dtype)
 
 
-def block_memory(kv_cache: torch.Tensor, layout: KvLayout, shared: SharedPages | None = None) -> BlockMemory:
-    """Of a whole cache in canonical order; `shared`: the pages it lies in, when others can map them."""
+def block_memory(
+    kv_cache: torch.Tensor, layout: KvLayout, shared: SharedPages | DevicePages | None = None
+) -> BlockMemory:
+    """Of a whole cache in canonical order; `shared`: the pages it lies in, when others can map or open them."""
     if kv_cache.device.type != "cpu":
-        return DeviceBlocks(kv_cache, layout)
-    return HostBlocks(_bytes_of(kv_cache), layout, shared=shared)
+        return DeviceBlocks(kv_cache, layout, shared if isinstance(shared, DevicePages) else None)
+    return HostBlocks(_bytes_of(kv_cache), layout, shared=shared if isinstance(shared, SharedPages) else None)
 
 
 def _bytes_of(tensor: torch.Tensor) -> NDArray[np.uint8]:
