@@ -7,7 +7,7 @@ import weakref
 
 import torch
 
-from workers.cuda import CupyCuda, Cuda
+from workers.cuda import Cuda, CupyCuda
 
 logger = logging.getLogger(__name__)
 

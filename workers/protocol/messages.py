@@ -103,7 +103,7 @@ class KvEndpoint(Struct, frozen=True):
     """One road by which blocks can reach one rank of a worker."""
 
     kind: Road
-    address: str  # of the control connection. shm: name of an abstract unix socket; else host:port
+    address: str  # of the control connection. shm, cuda_ipc: name of an abstract unix socket; else host:port
     host_id: str = ""  # shm, cuda_ipc: only peers on the same host can use it
     device: str = ""  # cuda_ipc, nccl: the GPU
     rank: int = 0

@@ -157,7 +157,7 @@ def _open(
     peer_id: str,
 ) -> Channel:
     timeout_s = end.config.io_timeout_s
-    sock = _connect(endpoint, timeout_s)
+    sock = _connect(road, endpoint, timeout_s)
     outlet = None
     try:
         _handshake(sock, ticket, secret, peer_id)
@@ -165,7 +165,7 @@ def _open(
         offer = outlet.offer()
         opened = KvOpen(road=road.name, layout=end.layout, rank=part.source, ranks=ranks, **offer.fields)
         send_frame_with_fds(sock, opened, offer.fds)
-        outlet.establish()
+        outlet.establish(sock)
         ready = recv_frame(sock, kv_to_sender, max_bytes=MAX_GREETING_BYTES)
         if not isinstance(ready, KvReady):
             raise ProtocolError(f"{type(ready).__name__} where the answer to KvOpen was due")
@@ -179,8 +179,8 @@ def _open(
     return Channel(sock, road.name, outlet, end, opened.compression)
 
 
-def _connect(endpoint: KvEndpoint, timeout_s: float) -> socket.socket:
-    if endpoint.kind == "shm":
+def _connect(road: RoadKind, endpoint: KvEndpoint, timeout_s: float) -> socket.socket:
+    if road.local:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.settimeout(timeout_s)
         try:

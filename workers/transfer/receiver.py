@@ -16,6 +16,7 @@ from workers.protocol.messages import KvEndpoint, KvFetch, KvLayout, WorkerInfo
 from workers.transfer.block_memory import BlockMemory
 from workers.transfer.channel import shut
 from workers.transfer.incoming import Incoming, Target
+from workers.transfer.road import RoadKind
 from workers.transfer.roads import ROADS, usable
 from workers.transfer.tickets import Tickets
 
@@ -52,7 +53,7 @@ class Receiver:
                 if lack is not None:
                     continue
                 said = ROADS[name].endpoint(memory)
-                listener, address = _listen(name, config.host)
+                listener, address = _listen(ROADS[name], config.host)
                 self.endpoints.append(KvEndpoint(kind=name, address=address, rank=rank, **said))
                 target = Target(
                     road=ROADS[name],
@@ -142,9 +143,9 @@ class Receiver:
             incoming.close()
 
 
-def _listen(road: str, host: str) -> tuple[socket.socket, str]:
+def _listen(road: RoadKind, host: str) -> tuple[socket.socket, str]:
     """A listener for the connections of a road, and its address."""
-    if road == "shm":
+    if road.local:
         # Abstract: the name vanishes with the process, so no file is ever left behind.
         address = f"headrace-kv-{secrets.token_hex(12)}"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -50,8 +50,9 @@ class Outlet(Protocol):
     def offer(self) -> Offer:
         """Called once, before `KvOpen`. Raises RoadBlocked."""
 
-    def establish(self) -> None:
-        """Called once, after `KvOpen` was sent and before its answer is read. Raises RoadBlocked."""
+    def establish(self, sock: socket.socket) -> None:
+        """Called once, after `KvOpen` was sent and before its answer is read. Returns when an answer is there to be read,
+        whatever it may be. Raises RoadBlocked."""
 
     def send(self, message: KvBlocks, blocks: Sequence[int], layers: range, sock: socket.socket) -> None:
         """Announce a piece and see its bytes on their way. May wait for room.
@@ -80,6 +81,7 @@ class Inlet(Protocol):
 
 class RoadKind(Protocol):
     name: RoadName
+    local: bool  # within a host: its connections are abstract unix sockets, over which descriptors travel
 
     def lacks(self, memory: BlockMemory) -> str | None:
         """Why a worker with this cache can't use the road at all; None when it can."""

@@ -46,6 +46,7 @@ def host_id() -> str:
 
 class Shm:
     name: RoadName = "shm"
+    local = True
 
     def lacks(self, memory: BlockMemory) -> str | None:
         return None if hasattr(os, "memfd_create") else "this system has no memfd"
@@ -114,7 +115,7 @@ class CacheOutlet:
         )
         return Offer({"window": window}, (self._pages.fd, self._flag.fd))
 
-    def establish(self) -> None:
+    def establish(self, sock: socket.socket) -> None:
         pass
 
     def send(self, message: KvBlocks, blocks: Sequence[int], layers: range, sock: socket.socket) -> None:
@@ -206,7 +207,7 @@ class RingOutlet:
     def offer(self) -> Offer:
         return Offer({"window": KvWindow(num_bytes=self._pages.num_bytes)}, (self._pages.fd,))
 
-    def establish(self) -> None:
+    def establish(self, sock: socket.socket) -> None:
         pass
 
     def send(self, message: KvBlocks, blocks: Sequence[int], layers: range, sock: socket.socket) -> None:

@@ -16,6 +16,7 @@ _SCRATCH_BYTES = 1 << 20
 
 class Tcp:
     name: RoadName = "tcp"
+    local = False
 
     def lacks(self, memory: BlockMemory) -> str | None:
         return None
@@ -41,7 +42,7 @@ class TcpOutlet:
     def offer(self) -> Offer:
         return Offer({"compression": self._compression})
 
-    def establish(self) -> None:
+    def establish(self, sock: socket.socket) -> None:
         pass
 
     def send(self, message: KvBlocks, blocks: Sequence[int], layers: range, sock: socket.socket) -> None:
