@@ -75,6 +75,10 @@ class EngineOverrides(EngineConfig):
         return self
 
     @model_validator(mode="after")
+    def _one_tier_below_the_other(self) -> Self:
+        return self
+
+    @model_validator(mode="after")
     def _a_token_for_each(self) -> Self:
         return self
 

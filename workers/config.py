@@ -78,6 +78,19 @@ class EngineConfig(Section):
     max_num_seqs: int = Field(64, ge=1, description="requests in one step")
     max_num_batched_tokens: int = Field(512, ge=1, description="tokens in one step: the prefill chunk")
     prefix_caching: bool = Field(True, description="keep blocks of finished requests for later prompts")
+    host_cache_memory: ByteSize = Field(
+        ByteSize(0),
+        ge=0,
+        description="bytes of host memory for blocks that the KV cache evicts, e.g. 4GiB; 0: none",
+    )
+    disk_cache_memory: ByteSize = Field(
+        ByteSize(0),
+        ge=0,
+        description="bytes on disk for blocks that host_cache_memory evicts; they outlive the worker; 0: none",
+    )
+    disk_cache_dir: Path | None = Field(
+        None, description="where they are; each worker has a directory of its name in it"
+    )
     num_threads: int | None = Field(
         None, ge=1, description="CPU threads of the kernels; null: cores / workers"
     )
@@ -95,6 +108,20 @@ class EngineConfig(Section):
         if self.cpus is not None and len(self.cpus) != self.num_threads:
             raise ValueError(
                 f"cpus lists {len(self.cpus)} cores, num_threads is {self.num_threads}: give one core for each thread"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_tier_below_the_other(self) -> Self:
+        if self.disk_cache_memory and self.disk_cache_dir is None:
+            raise ValueError("disk_cache_memory is set, disk_cache_dir is not: name a directory")
+        if self.disk_cache_memory and not self.host_cache_memory:
+            raise ValueError(
+                "disk_cache_memory is set, host_cache_memory is not: blocks reach the disk through host memory"
+            )
+        if self.host_cache_memory and not self.prefix_caching:
+            raise ValueError(
+                "host_cache_memory is set, prefix_caching is off: there would be nothing to keep"
             )
         return self
 

@@ -69,6 +69,10 @@ class BlockPool:
         """(hash, parent hash) of everything held: the snapshot for the index."""
         return [(block_hash, self._parent_of[block_hash]) for block_hash in self._holders]
 
+    def cached_blocks(self) -> list[Evicted]:
+        """One block for each hash that is held: what `on_evict` would be told if all of them went."""
+        return [(next(iter(blocks)), h, self._parent_of[h]) for h, blocks in self._holders.items()]
+
     def match(self, hashes: Sequence[bytes]) -> list[int]:
         """Blocks of the longest held prefix of `hashes`. Takes no reference: see `acquire`."""
         if not self._caching:
