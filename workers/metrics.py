@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from workers.engine.request import Request
+from workers.prefix_loader import Loaded
 from workers.protocol.messages import Load, PrefillDone
+from workers.tiers.stats import TierStats
 
 _LABELS = ("worker", "role", "model_name")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -43,6 +45,27 @@ class WorkerMetrics:
             registry=self.registry,
         )
 
+        from_where = (*_LABELS, "source")
+        self._load_seconds = Histogram(
+            "headrace_prefix_load_seconds",
+            "one read of prefix blocks from one place: host, disk, or another worker",
+            from_where,
+            registry=self.registry,
+            buckets=_SECONDS,
+        )
+        self._load_tokens = Counter(
+            "headrace_prefix_load_tokens",
+            "prompt tokens loaded instead of computed",
+            from_where,
+            registry=self.registry,
+        )
+        self._load_bytes = Counter(
+            "headrace_prefix_load_bytes", "KV bytes loaded", from_where, registry=self.registry
+        )
+        self._load_failures = Counter(
+            "headrace_prefix_load_failures", "reads that failed", from_where, registry=self.registry
+        )
+
     def _histogram(self, name: str, text: str) -> Histogram:
         metric = Histogram(name, text, _LABELS, registry=self.registry, buckets=_SECONDS)
         return metric.labels(*self._values)
@@ -53,6 +76,18 @@ class WorkerMetrics:
     def watch(self, load: Callable[[], Load], num_blocks: int) -> None:
         """Gauges that are read when somebody asks for them."""
         self.registry.register(_LoadCollector(load, num_blocks, self._values))
+
+    def watch_tiers(self, stats: Callable[[], Mapping[str, TierStats]], block_bytes: int) -> None:
+        """The same for the tiers below the device."""
+        self.registry.register(_TierCollector(stats, block_bytes, self._values))
+
+    def loaded(self, loaded: Loaded, num_tokens: int, num_bytes: int) -> None:
+        values = (*self._values, loaded.source)
+        self._load_seconds.labels(*values).observe(loaded.seconds)
+        self._load_tokens.labels(*values).inc(num_tokens)
+        self._load_bytes.labels(*values).inc(num_bytes)
+        if loaded.failed:
+            self._load_failures.labels(*values).inc()
 
     def engine(self, kernels: str, weights: str, kv_cache: str) -> None:
         """What computes, on what: "torch" on a CPU says that the native kernels could not be had."""
@@ -130,4 +165,43 @@ class _LoadCollector(Collector):
         for name, (text, value) in counters.items():
             counter = CounterMetricFamily(name, text, labels=_LABELS)
             counter.add_metric(self._values, value)
+            yield counter
+
+
+class _TierCollector(Collector):
+    def __init__(
+        self, stats: Callable[[], Mapping[str, TierStats]], block_bytes: int, values: tuple[str, ...]
+    ) -> None:
+        self._stats = stats
+        self._block_bytes = block_bytes
+        self._values = values
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        gauges: dict[str, tuple[str, Callable[[TierStats], float]]] = {
+            "headrace_tier_blocks": ("KV blocks held", lambda s: s.blocks),
+            "headrace_tier_capacity_blocks": ("KV blocks that find place", lambda s: s.capacity_blocks),
+            "headrace_tier_active": ("0: the tier has switched itself off", lambda s: float(s.active)),
+        }
+        counters: dict[str, tuple[str, Callable[[TierStats], float]]] = {
+            "headrace_tier_stored_bytes": (
+                "copied or written",
+                lambda s: s.stored_blocks * self._block_bytes,
+            ),
+            "headrace_tier_dropped_blocks": (
+                "not kept, for want of room or time",
+                lambda s: s.dropped_blocks,
+            ),
+            "headrace_tier_errors": ("spoilt files and failures of the disk", lambda s: s.errors),
+        }
+        labels = (*_LABELS, "tier")
+        for name, (text, value) in gauges.items():
+            gauge = GaugeMetricFamily(name, text, labels=labels)
+            for tier, of_tier in stats.items():
+                gauge.add_metric((*self._values, tier), value(of_tier))
+            yield gauge
+        for name, (text, value) in counters.items():
+            counter = CounterMetricFamily(name, text, labels=labels)
+            for tier, of_tier in stats.items():
+                counter.add_metric((*self._values, tier), value(of_tier))
             yield counter

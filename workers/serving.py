@@ -20,6 +20,7 @@ from workers.engine.engine import CannotServe, Engine, StepFailed
 from workers.engine.plan import StepResult
 from workers.engine.request import NewToken, Request, State
 from workers.metrics import WorkerMetrics
+from workers.prefix_loader import Loaded, PrefixLoader
 from workers.protocol.messages import (
     Accepted,
     Failed,
@@ -78,6 +79,13 @@ class Serving:
         self._last_turn = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.failure: BaseException | None = None  # what ended the engine thread
+        self.loader = PrefixLoader(
+            engine.lock,
+            engine.scheduler,
+            [] if engine.tiers is None else engine.tiers.sources,
+            compute_token_s=lambda: engine.compute_token_s,
+            on_loaded=self._loaded,
+        )
         self.tickets = Tickets(engine, config.worker_id, config.epoch, self._committed, self._ticket_lost)
         self.handoffs = Handoffs(
             engine,
@@ -97,6 +105,7 @@ class Serving:
     def stop(self) -> None:
         self._stopping = True
         self._wake.set()
+        self.loader.stop()
         self.tickets.stop()
         self.handoffs.stop()
         if self._thread.is_alive():
@@ -123,22 +132,34 @@ class Serving:
                 owner.send(Failed(work.request_id, "invalid", str(error)))
                 return
             request = Request(work)
-            scheduler = self._engine.scheduler
-            uncached = scheduler.uncached_tokens(request)
-            if uncached <= message.local_prefill_max:
-                if not scheduler.has_room(request):
-                    self._busy(owner, request)
-                    return
-                scheduler.add(request)
-                owner.send(Accepted(work.request_id, request.num_tokens - uncached))
-                self._wake.set()
+
+            def loaded() -> None:
+                del self._owners[work.request_id]
+                self._place(owner, message, request)
+
+            # What can be loaded need not be computed, here or elsewhere: load first, then decide.
+            if self._engine.scheduler.has_seat and self.loader.load(request, loaded):
+                self._owners[work.request_id] = owner
             else:
-                ticket = self.tickets.open(request, message.transfer_id, message.lease_s)
-                if ticket is None:
-                    self._busy(owner, request)
-                    return
-                owner.send(Ticketed(work.request_id, ticket))
-            self._owners[work.request_id] = owner
+                self._place(owner, message, request)
+
+    def _place(self, owner: Owner, message: Reserve, request: Request) -> None:
+        scheduler = self._engine.scheduler
+        uncached = scheduler.uncached_tokens(request)
+        if uncached <= message.local_prefill_max:
+            if not scheduler.has_room(request):
+                self._busy(owner, request)
+                return
+            scheduler.add(request)
+            owner.send(Accepted(request.request_id, request.num_tokens - uncached))
+            self._wake.set()
+        else:
+            ticket = self.tickets.open(request, message.transfer_id, message.lease_s)
+            if ticket is None:
+                self._busy(owner, request)
+                return
+            owner.send(Ticketed(request.request_id, ticket))
+        self._owners[request.request_id] = owner
 
     def prefill(self, owner: Owner, message: Prefill) -> None:
         """Compute a prompt for a decode worker; answers PrefillDone or Failed when the hand-over has ended."""
@@ -166,14 +187,20 @@ class Serving:
             except ValueError as error:
                 owner.send(Failed(work.request_id, "transfer_failed", str(error)))
                 return
-            self._engine.scheduler.add(request)
             self._owners[work.request_id] = owner
-            self._wake.set()
+
+            def compute() -> None:
+                self._engine.scheduler.add(request)
+                self._wake.set()
+
+            if not self.loader.load(request, compute):
+                compute()
 
     def cancel(self, request_id: str) -> None:
         """Idempotent, in any state, on either role."""
         with self._engine.lock:
             self._owners.pop(request_id, None)
+            self.loader.cancel(request_id)
             self.tickets.cancel(request_id)
             self.handoffs.cancel(request_id)
             self._engine.scheduler.cancel(request_id)
@@ -231,6 +258,13 @@ class Serving:
         self._send_tokens([arrival.new])
         self._wake.set()
 
+    def _loaded(self, loaded: Loaded) -> None:
+        """On a thread of the loader, without the lock."""
+        layout = self._engine.layout
+        self._metrics.loaded(
+            loaded, loaded.num_blocks * layout.block_size, loaded.num_blocks * layout.block_bytes
+        )
+
     def _send_tokens(self, tokens: list[NewToken]) -> None:
         frames: dict[Owner, list[TokenDelta]] = {}
         for request_id, group in groupby(tokens, lambda new: new.request.request_id):
@@ -282,6 +316,7 @@ class Serving:
             owner.send(done)
 
     def _fail(self, request_id: str, code: FailureCode, reason: str) -> None:
+        self.loader.cancel(request_id)
         owner = self._owners.pop(request_id, None)
         if owner is not None:
             self._metrics.failed(code)
@@ -336,7 +371,8 @@ class Serving:
         with self._engine.lock:
             scheduler = self._engine.scheduler
             tables = [request.block_table for request in scheduler.requests.values()]
-            self._engine.pool.check([*tables, *self.tickets.writing, *self.handoffs.holding])
+            fills = [fill.table for fill in scheduler.fills]
+            self._engine.pool.check([*tables, *fills, *self.tickets.writing, *self.handoffs.holding])
             assert set(scheduler.requests) <= set(self._owners) | {
                 r for r, q in scheduler.requests.items() if q.cancelled
             }

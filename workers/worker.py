@@ -17,6 +17,7 @@ from workers.protocol.messages import StatusReply, StatusRequest, WorkerInfo
 from workers.protocol.tiers import Removed, Stored
 from workers.publisher import Publisher
 from workers.serving import Serving
+from workers.tiers.tiers import open_tiers
 from workers.token_server import TokenServer
 from workers.transfer.block_memory import block_memory
 from workers.transfer.receiver import Receiver
@@ -49,6 +50,16 @@ class Worker:
         self.engine = Engine(config.engine, prepare_model(str(config.model_path)), share_kv=share)
         runner = self.engine.runner
         memories = [block_memory(runner.kv_cache, self.engine.layout, runner.shared)]
+        self.engine.attach(
+            open_tiers(
+                config.engine,
+                self.engine.layout,
+                self.engine.hash_root,
+                memories,
+                config.worker_id,
+                pinned=self.engine.device.type == "cuda",
+            )
+        )
         self._metrics = WorkerMetrics(config.worker_id, config.role, config.served_name)
         self.serving = Serving(
             config,
@@ -59,6 +70,8 @@ class Worker:
             on_room=self._server.broadcast_load,
         )
         self._metrics.watch(self.serving.load, self.engine.num_blocks)
+        if self.engine.tiers is not None:
+            self._metrics.watch_tiers(self.engine.tiers.stats, self.engine.layout.block_bytes)
         self._metrics.engine(runner.kernels, runner.weights, self.engine.layout.dtype)
         self._receiver = Receiver(
             self.serving.tickets,
@@ -103,6 +116,7 @@ class Worker:
         self.serving.stop()
         if self._receiver is not None:
             self._receiver.stop()
+        self.engine.close()
         self._stopped.set()
 
     def status(self, request: StatusRequest) -> StatusReply:

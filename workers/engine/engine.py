@@ -10,6 +10,7 @@ import itertools
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -24,9 +25,11 @@ from workers.engine.request import Request
 from workers.engine.scheduler import Scheduler
 from workers.engine.step_input import StepInput
 from workers.models.catalog import PreparedModel
+from workers.prefix_loader import PrefixLoader
 from workers.protocol.hashes import hash_root
 from workers.protocol.messages import FinishReason, Load, Sampling, TokenLogprobs, Work
 from workers.protocol.tiers import DEVICE, Removed, Stored
+from workers.tiers.tiers import Tiers
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +92,21 @@ class Engine:
         )
         self.runner = backend.runner(self.num_blocks, share_kv)
         self.speculation = open_speculation(config, model, self.num_blocks)
+        self.tiers: Tiers | None = None
+        self.compute_token_s: float | None = None  # seconds to compute a prompt token, as measured lately
         self._prompt_tokens = 0
         self._output_tokens = 0
+
+    def attach(self, tiers: Tiers | None) -> None:
+        """What the KV cache evicts from here on goes to these tiers."""
+        self.tiers = tiers
+        self.pool.on_evict = None if tiers is None else tiers.host.take
+
+    def close(self) -> None:
+        """Nothing is computed any more: the tiers keep what they can for a later life. Idempotent."""
+        if self.tiers is not None:
+            self.tiers.close(self.pool.cached_blocks())
+            self.attach(None)
 
     @property
     def device(self) -> torch.device:
@@ -125,10 +141,18 @@ class Engine:
             result = self.scheduler.update(plan, sampled)
             self._output_tokens += len(result.tokens)
             self._prompt_tokens += plan.num_tokens - plan.num_samples
+            self._observe_pace(plan, seconds)
             deliver(result)
         if self.speculation is not None:
             self.speculation.observe(plan, result, seconds)
         return True
+
+    def _observe_pace(self, plan: Plan, seconds: float) -> None:
+        """Of steps that mostly read prompts."""
+        if plan.num_tokens - plan.num_samples >= max(plan.num_samples, self.layout.block_size):
+            now = seconds / plan.num_tokens
+            before = self.compute_token_s or now
+            self.compute_token_s = before + 0.2 * (now - before)
 
     def _speculate(self, plan: Plan) -> Plan:
         drafts = self.speculation.propose(plan) if self.speculation is not None else {}
@@ -181,15 +205,17 @@ class Engine:
 
     def cached(self) -> list[Stored]:
         """(hash, parent, tier) of every block that a later prompt can take back. Under the lock."""
-        return [(block_hash, parent, DEVICE) for block_hash, parent in self.pool.cached_hashes()]
+        below = [] if self.tiers is None else self.tiers.cached()
+        return [(block_hash, parent, DEVICE) for block_hash, parent in self.pool.cached_hashes()] + below
 
     def drain_events(self) -> tuple[list[Stored], list[Removed]]:
         """What changed in `cached` since the last call; `removed` first. Under the lock."""
+        stored, removed = ([], []) if self.tiers is None else self.tiers.drain_events()
         events = self.pool.drain_events()
-        if events is None:
-            return [], []
-        stored = [(block_hash, parent, DEVICE) for block_hash, parent in events.stored]
-        return stored, [(block_hash, DEVICE) for block_hash in events.removed]
+        if events is not None:
+            stored += [(block_hash, parent, DEVICE) for block_hash, parent in events.stored]
+            removed += [(block_hash, DEVICE) for block_hash in events.removed]
+        return stored, removed
 
     def generate(
         self, prompts: Sequence[list[int]], sampling: Sampling | Sequence[Sampling]
@@ -197,11 +223,12 @@ class Engine:
         """Run all prompts to their end in this thread. For tests, benchmarks and offline use."""
         each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         completions = {f"offline-{i}": Completion() for i in range(len(prompts))}
+        todo: deque[Request] = deque()
         for (request_id, prompt), params in zip(zip(completions, prompts, strict=True), each, strict=True):
             work = Work(request_id=request_id, prompt=prompt, sampling=params)
             self.check(work)
-            with self.lock:
-                self.scheduler.add(Request(work))
+            todo.append(Request(work))
+        loader = PrefixLoader(self.lock, self.scheduler, [] if self.tiers is None else self.tiers.sources)
 
         def collect(result: StepResult) -> None:
             for new in result.tokens:
@@ -211,6 +238,16 @@ class Engine:
                     completion.logprobs.append(new.logprobs)
                 completion.finish_reason = new.request.finish_reason
 
-        while self.scheduler.has_work:
+        while todo or self.scheduler.has_work:
+            # What is loaded for a request should not be evicted before its turn: with tiers each comes when it fits.
+            while todo and (self.tiers is None or self._is_next(todo[0])):
+                request = todo.popleft()
+                loader.load_now(request)
+                with self.lock:
+                    self.scheduler.add(request)
             self.step(collect)
         return list(completions.values())
+
+    def _is_next(self, request: Request) -> bool:
+        with self.lock:
+            return not self.scheduler.has_work or self.scheduler.has_room(request)
