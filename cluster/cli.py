@@ -26,7 +26,12 @@ app = typer.Typer(
 _USAGE = 2
 _FAILED = 1
 _WIDE = 120  # columns of a terminal that show a worker's address, pid and epoch too
-_BENCHMARKS = {"main": "bench.main_job", "engine": "bench.engine", "compare": "bench.compare"}
+_BENCHMARKS = {
+    "main": "bench.main_job",
+    "engine": "bench.engine",
+    "compare": "bench.compare",
+    "transfer": "bench.transfer",
+}
 _DEFAULT_URL = "http://127.0.0.1:8000"
 
 ConfigFile = Annotated[
@@ -251,7 +256,7 @@ def bench(
     what: Annotated[str, typer.Argument(help=", ".join(_BENCHMARKS))],
     arguments: Annotated[list[str] | None, typer.Argument(help="Its own options; --help lists them.")] = None,
 ) -> None:
-    """Measure: main (`headrace serve` as users start it), engine (no HTTP), compare (with other systems)."""
+    """Measure: main (`headrace serve` as users start it), engine (no HTTP), transfer (KV blocks), compare (with others)."""
     if what not in _BENCHMARKS:
         _refuse(f"there is no benchmark {what!r}; there are {', '.join(_BENCHMARKS)}")
     # A process of its own, since nothing here may import the benchmarks; it takes the place of this one.
