@@ -13,7 +13,7 @@ from typing import Any
 from workers.config import TransferConfig
 from workers.engine.block_pool import BlockPool
 from workers.huge_pages import huge_zeros
-from workers.protocol.messages import KvFetch, KvFirstToken, KvLayout, KvPrefix, Ticket, WorkerInfo
+from workers.protocol.messages import KvFetch, KvFirstToken, KvLayout, KvPrefix, PrefixHolder, WorkerInfo
 from workers.shared_memory import SharedPages
 from workers.transfer.block_memory import HostBlocks
 from workers.transfer.handoff import Handoffs
@@ -58,9 +58,9 @@ class Side:
         info = WorkerInfo(name, 1, "decode", "", "", layout, b"", num_blocks, 1, 1, 1, "cpu", 0)
         self.receiver.start(info)
 
-    def address(self) -> Ticket:
+    def holder(self) -> PrefixHolder:
         """What others need to reach it."""
-        return Ticket("", self.name, 1, 0, 0, 0.0, self.layout, self.receiver.endpoints)
+        return PrefixHolder(self.name, 1, self.pool.num_blocks, self.receiver.endpoints)
 
     def hold(self, count: int, rng: random.Random) -> list[bytes]:
         """Blocks all over the cache become a cached prefix; its hashes."""
@@ -97,7 +97,7 @@ class _Landing:
 
 def _sender(conn: Any, block_bytes: int, num_blocks: int, config: TransferConfig) -> None:
     side = Side("sender", layout_of(block_bytes), num_blocks, config, share=True)
-    conn.send((side.address(), side.hold(num_blocks, random.Random(0))))
+    conn.send((side.holder(), side.hold(num_blocks, random.Random(0))))
     conn.recv()
     side.stop()
 
@@ -129,8 +129,7 @@ class Pair:
         name = f"t{self._count}"
         ticket = self.side.tickets.expect(name, landing, 0, self.num_blocks, 60.0)
         began = time.perf_counter()
-        with self.side.lock:
-            self.side.handoffs.tell(self._sender, KvFetch(name, ticket, self._hashes), lambda ok, why: None)
+        self.side.handoffs.ask(self._sender, KvFetch(name, ticket, self._hashes), lambda ok, why: None)
         if not landing.done.wait(60) or landing.failed:
             raise RuntimeError(f"the transfer failed: {landing.failed or 'no end in 60 s'}")
         seconds = time.perf_counter() - began

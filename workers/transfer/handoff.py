@@ -29,9 +29,11 @@ from workers.protocol.messages import (
     KvPrefix,
     KvRenew,
     PeerStatus,
+    PrefixHolder,
     Ticket,
 )
 from workers.transfer.block_memory import BlockMemory
+from workers.transfer.channel import Address
 from workers.transfer.compatibility import mismatch
 from workers.transfer.peer import Peer, Piece, Sender
 
@@ -218,12 +220,18 @@ class Handoffs:
             self._send_last(handoff, KvPrefix(fetch.transfer_id, ticket.epoch, len(blocks)))
             return None
 
-    def tell(self, ticket: Ticket, message: KvFetch, on_answer: Callable[[bool, str], None]) -> None:
-        """Under the lock: ask another worker (`ticket` names it and its endpoints) for something.
+    def ask(self, holder: PrefixHolder, message: KvFetch, on_answer: Callable[[bool, str], None]) -> None:
+        """Ask another worker for something.
 
         `on_answer` is called once, under the lock: with the acknowledgement, or when the way there is lost.
         """
-        self._peer(ticket).put_last(Piece(on_answer, message.transfer_id, ticket.epoch, message=message))
+        with self._engine.lock:
+            try:
+                peer = self._peer(holder)
+            except ValueError as error:
+                on_answer(False, str(error))
+                return
+            peer.put_last(Piece(on_answer, message.transfer_id, holder.epoch, message=message))
 
     # --- pieces -----------------------------------------------------------------------------------------------------
 
@@ -343,13 +351,13 @@ class Handoffs:
 
     # --- the end of a transfer: one path ----------------------------------------------------------------------------
 
-    def _peer(self, ticket: Ticket) -> Peer:
+    def _peer(self, address: Address) -> Peer:
         if self._stopping.is_set():
             raise ValueError("this worker stops")
-        key = (ticket.worker_id, ticket.epoch)
+        key = (address.worker_id, address.epoch)
         peer = self._peers.get(key)
         if peer is None:
-            peer = self._peers[key] = Peer(ticket, self._sender)
+            peer = self._peers[key] = Peer(address, self._sender)
         return peer
 
     def _peer_of(self, handoff: Handoff) -> Peer:
