@@ -2,8 +2,7 @@
 
 A cache in shared memory is its own window: a piece is announced by its block ids, and the receiver copies just the heads
 it wants, however the sender lays them out. The sender's references keep the blocks as they are until the piece is
-acknowledged; when it gives the connection up earlier, it first takes back the word in `_ALIVE`. A receiver that was slow
-finds that out after its copy, before the copy counts.
+acknowledged; when it gives the connection up earlier, it first takes back its word (alive.py).
 
 A cache on a device is gathered into a ring instead, which is the window then.
 """
@@ -25,13 +24,11 @@ from workers.protocol.frames import ProtocolError
 from workers.protocol.messages import Compression, KvBlocks, KvEndpoint, KvOpen, KvWindow
 from workers.protocol.messages import Road as RoadName
 from workers.shared_memory import MappedPages, PagesError, SharedPages
+from workers.transfer.alive import AliveWord, SeenWord
 from workers.transfer.block_memory import BlockMemory, canonical_view
 from workers.transfer.ring import Ring
 from workers.transfer.road import End, Offer, RoadBlocked, announce
-from workers.transfer.shards import heads_of
-
-_PAGE = 4096
-_ALIVE = 0  # index of the u64 in the page beside a cache
+from workers.transfer.window import check_source, source_view, window_of
 
 
 def host_id() -> str:
@@ -80,7 +77,7 @@ class Shm:
             pages = MappedPages(given.pop(0), window.num_bytes)
             if not window.strides:
                 return RingInlet(end, pages)
-            return CacheInlet(end, opened, pages, MappedPages(given.pop(0), _PAGE))
+            return CacheInlet(end, opened, pages, SeenWord(given.pop(0)))
         except (PagesError, ValueError, OSError) as error:
             raise RoadBlocked(f"its memory can't be mapped: {error}") from error
         finally:
@@ -94,26 +91,11 @@ class Shm:
 class CacheOutlet:
     def __init__(self, pages: SharedPages, view: CacheView) -> None:
         self._pages, self._view = pages, view
-        self._flag = SharedPages(_PAGE)
-        self._words = self._flag.array.view(np.uint64)
-        self._words[_ALIVE] = 1
+        self._alive = AliveWord()
 
     def offer(self) -> Offer:
-        view = self._view
-        strides = (
-            view.block_stride,
-            view.layer_stride,
-            view.kv_stride,
-            view.head_stride,
-            view.token_stride,
-        )
-        window = KvWindow(
-            num_bytes=self._pages.num_bytes,
-            strides=strides,
-            num_blocks=view.num_blocks,
-            offset=view.address - self._pages.address,
-        )
-        return Offer({"window": window}, (self._pages.fd, self._flag.fd))
+        window = window_of(self._view, self._pages.address, self._pages.num_bytes)
+        return Offer({"window": window}, (self._pages.fd, self._alive.fd))
 
     def establish(self, sock: socket.socket) -> None:
         pass
@@ -125,70 +107,27 @@ class CacheOutlet:
         pass
 
     def close(self) -> None:
-        self._words[_ALIVE] = 0
-        self._flag.close()
+        self._alive.take_back()
 
 
 class CacheInlet:
-    def __init__(self, end: End, opened: KvOpen, pages: MappedPages, flag: MappedPages) -> None:
+    def __init__(self, end: End, opened: KvOpen, pages: MappedPages, alive: SeenWord) -> None:
         """Raises ValueError when the window does not hold what it says."""
-        self._end, self._pages = end, pages
-        self._words = flag.array.view(np.uint64)
-        self._source = _source_view(end, opened, pages)
+        self._end, self._pages, self._alive = end, pages, alive
+        self._source = source_view(end, opened, pages.address, pages.num_bytes)
 
     def take(self, message: KvBlocks, blocks: Sequence[int], layers: range) -> None:
-        if len(message.source) != len(blocks):
-            raise ProtocolError(f"{len(message.source)} source blocks for {len(blocks)} blocks")
-        if not all(0 <= block < self._source.num_blocks for block in message.source):
-            raise ProtocolError(f"source blocks {message.source} of a cache of {self._source.num_blocks}")
+        check_source(message, self._source, len(blocks))
         self._end.memory.pull(
             blocks, self._source.cut(layers=layers), message.source, layers, self._end.heads
         )
-        if self._words[_ALIVE] != 1:
-            raise ConnectionError("the sender gave the blocks up while they were copied")
+        self._alive.check()
 
     def skip(self, message: KvBlocks) -> None:
         pass
 
     def close(self) -> None:
         pass
-
-
-def _source_view(end: End, opened: KvOpen, pages: MappedPages) -> CacheView:
-    """The sender's cache where it is mapped here, cut to the heads that are wanted."""
-    window, layout = opened.window, end.layout
-    assert window is not None
-    if len(window.strides) != 5 or min(window.strides) < 0 or window.offset < 0 or window.num_blocks < 1:
-        raise ValueError(f"a window of {window}")
-    held = heads_of(opened.rank, opened.ranks, layout.num_kv_heads)
-    rows = canonical_view(layout, 0, 1, len(held))
-    block, layer, kv, head, token = window.strides
-    view = CacheView(
-        address=pages.address + window.offset,
-        num_blocks=window.num_blocks,
-        num_layers=rows.num_layers,
-        num_heads=rows.num_heads,
-        num_tokens=rows.num_tokens,
-        row_bytes=rows.row_bytes,
-        block_stride=block,
-        layer_stride=layer,
-        kv_stride=kv,
-        head_stride=head,
-        token_stride=token,
-    )
-    last = (
-        window.offset
-        + (view.num_blocks - 1) * block
-        + (view.num_layers - 1) * layer
-        + kv
-        + (view.num_heads - 1) * head
-        + (view.num_tokens - 1) * token
-        + view.row_bytes
-    )
-    if last > pages.num_bytes:
-        raise ValueError(f"a cache of {last} bytes in a window of {pages.num_bytes}")
-    wanted = end.model_heads
-    return view.cut(heads=range(wanted.start - held.start, wanted.stop - held.start))
 
 
 # --- a cache that is somewhere else ----------------------------------------------------------------------------------
