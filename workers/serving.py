@@ -28,6 +28,7 @@ from workers.protocol.messages import (
     Load,
     Prefill,
     PrefillDone,
+    PrefixHolder,
     Reserve,
     Ticketed,
     TokenDelta,
@@ -37,6 +38,7 @@ from workers.protocol.tiers import Removed, Stored
 from workers.transfer.block_memory import BlockMemory
 from workers.transfer.compatibility import mismatch
 from workers.transfer.handoff import Handoff, Handoffs
+from workers.transfer.remote_prefix import RemotePrefix
 from workers.transfer.tickets import Arrival, Tickets
 
 logger = logging.getLogger(__name__)
@@ -137,8 +139,12 @@ class Serving:
                 del self._owners[work.request_id]
                 self._place(owner, message, request)
 
-            # What can be loaded need not be computed, here or elsewhere: load first, then decide.
-            if self._engine.scheduler.has_seat and self.loader.load(request, loaded):
+            # What can be loaded need not be computed, here or elsewhere: load first, then decide. A prefix of another
+            # worker helps only where no prefill worker is needed for the rest: else that one fetches it.
+            more = self._elsewhere(request, message.holder)
+            if more and request.num_tokens - more[0].num_tokens > message.local_prefill_max:
+                more = []
+            if self._engine.scheduler.has_seat and self.loader.load(request, loaded, more):
                 self._owners[work.request_id] = owner
             else:
                 self._place(owner, message, request)
@@ -193,8 +199,14 @@ class Serving:
                 self._engine.scheduler.add(request)
                 self._wake.set()
 
-            if not self.loader.load(request, compute):
+            if not self.loader.load(request, compute, self._elsewhere(request, message.holder)):
                 compute()
+
+    def _elsewhere(self, request: Request, holder: PrefixHolder | None) -> list[RemotePrefix]:
+        if holder is None:
+            return []
+        size = self._engine.layout.block_size
+        return [RemotePrefix(request, holder, size, self.tickets, self.handoffs)]
 
     def cancel(self, request_id: str) -> None:
         """Idempotent, in any state, on either role."""

@@ -34,6 +34,7 @@ from workers.protocol.messages import (
     Ping,
     Prefill,
     PrefillDone,
+    PrefixHolder,
     Reserve,
     Sampling,
     StatusReply,
@@ -246,6 +247,62 @@ def test_prefill_and_decode_between_two_workers(
     to_d.send(Cancel("again"))
     until(lambda: at_rest(d) and at_rest(p))
     assert to_p.status().peers["decode-0"].road == road
+
+
+def holder_of(worker: Worker, num_blocks: int) -> PrefixHolder:
+    return PrefixHolder(worker.info.worker_id, 1, num_blocks, worker.info.endpoints)
+
+
+def held_by(worker: Worker, prompt: list[int]) -> list[int]:
+    """Let it serve the prompt, so that the prefix is cached there; the whole answer."""
+    client = Client(worker.info.address)
+    w = work(prompt)
+    client.send(local(w))
+    client.next(Accepted)
+    return client.tokens(w.request_id)
+
+
+def test_a_decode_worker_fetches_the_prefix_that_another_has(start: Start, alone: Engine) -> None:
+    first, second = start("decode"), start("decode")
+    prompt = list(range(3, 100))
+    held_by(first, prompt)
+    client = Client(second.info.address)
+    w = work([*prompt, 7, 7])
+    client.send(Reserve(w, "t", 5.0, local_prefill_max=16, holder=holder_of(first, 6)))
+    assert client.next(Accepted).cached_tokens == 96, "no prefill worker is needed"
+    assert client.tokens(w.request_id) == alone.generate([w.prompt], w.sampling)[0].tokens
+    until(lambda: at_rest(first) and at_rest(second))
+    assert first.status(StatusRequest(0)).peers["decode-1"].sent_bytes == 6 * first.info.layout.block_bytes
+
+
+def test_a_prefill_worker_fetches_what_the_decode_worker_has(start: Start, alone: Engine) -> None:
+    d, p = start("decode"), start("prefill")
+    prompt = list(range(3, 100))
+    held_by(d, prompt)
+    to_d, to_p = Client(d.info.address), Client(p.info.address)
+    w = work([*prompt, *range(150, 210)])
+    to_d.send(Reserve(w, "t", 5.0, local_prefill_max=16, holder=None))
+    ticket = to_d.next(Ticketed).ticket
+    assert ticket.first_block == 6
+    to_p.send(Prefill(w, ticket, holder_of(d, 6)))
+    done = to_p.next(PrefillDone)
+    assert done.cached_tokens == 96, "not computed again"
+    assert done.transfer_bytes == 4 * d.info.layout.block_bytes
+    assert to_d.tokens(w.request_id) == alone.generate([w.prompt], w.sampling)[0].tokens
+    until(lambda: at_rest(d) and at_rest(p))
+
+
+def test_a_holder_that_is_gone_or_holds_nothing_only_costs_the_computing(start: Start, alone: Engine) -> None:
+    first, second = start("decode"), start("decode")
+    gone = PrefixHolder("decode-9", 1, 6, [KvEndpoint("tcp", "127.0.0.1:1")])
+    restarted = PrefixHolder(first.info.worker_id, 7, 6, first.info.endpoints)
+    client = Client(second.info.address)
+    for number, holder in enumerate((gone, restarted, holder_of(first, 6))):
+        w = work([number + 1, *range(3, 100)])
+        client.send(Reserve(w, f"t{number}", 5.0, local_prefill_max=10**6, holder=holder))
+        assert client.next(Accepted).cached_tokens == 0
+        assert client.tokens(w.request_id) == alone.generate([w.prompt], w.sampling)[0].tokens
+    until(lambda: at_rest(first) and at_rest(second))
 
 
 def test_workers_that_do_not_fit_each_other_say_how(start: Start) -> None:

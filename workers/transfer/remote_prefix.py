@@ -18,14 +18,23 @@ _LEASE_S = 2.0  # without progress
 class RemotePrefix:
     """A PrefixSource (workers/prefix_loader.py) for one request."""
 
-    def __init__(self, request: Request, holder: PrefixHolder, tickets: Tickets, handoffs: Handoffs) -> None:
-        self._holder, self._tickets, self._handoffs = holder, tickets, handoffs
-        self._held = frozenset(request.block_hashes[: holder.num_blocks])
+    def __init__(
+        self,
+        request: Request,
+        holder: PrefixHolder,
+        block_size: int,
+        tickets: Tickets,
+        handoffs: Handoffs,
+    ) -> None:
+        self._request, self._holder = request, holder
+        self._tickets, self._handoffs = tickets, handoffs
+        self.num_tokens = holder.num_blocks * block_size
         self.name = f"worker {holder.worker_id}"
 
     def count(self, hashes: Sequence[bytes]) -> int:
+        held = set(self._request.block_hashes[: self._holder.num_blocks])
         for count, block_hash in enumerate(hashes):
-            if block_hash not in self._held:
+            if block_hash not in held:
                 return count
         return len(hashes)
 
