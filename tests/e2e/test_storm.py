@@ -26,8 +26,10 @@ def reference(model: Path, prompts: list[list[int]], lengths: list[int]) -> list
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("channel", ["shm", "tcp"])
-async def test_a_third_of_the_requests_is_cancelled(tiny_model: Path, channel: str) -> None:
+@pytest.mark.parametrize(("channel", "tiers"), [("shm", False), ("tcp", False), ("shm", True)])
+async def test_a_third_of_the_requests_is_cancelled(
+    tiny_model: Path, tmp_path: Path, channel: str, tiers: bool
+) -> None:
     rng = random.Random(11)
     stems = [[rng.randrange(3, 250) for _ in range(rng.randrange(20, 200))] for _ in range(12)]
     prompts = [
@@ -38,13 +40,15 @@ async def test_a_third_of_the_requests_is_cancelled(tiny_model: Path, channel: s
     prompts = [prompt or [5] for prompt in prompts]
     lengths = [rng.randrange(1, 24) for _ in range(REQUESTS)]
     expected = reference(tiny_model, prompts, lengths)
+    below = {"host_cache_memory": "4MB", "disk_cache_memory": "40MB", "disk_cache_dir": str(tmp_path)}
     leaves_after_s = [rng.expovariate(1 / 0.04) if rng.random() < 1 / 3 else None for _ in range(REQUESTS)]
 
     async with LocalCluster(
         tiny_model,
         prefill=2,
         decode=2,
-        engine={"num_blocks": 150, "max_num_batched_tokens": 128},
+        engine={"max_num_batched_tokens": 128}
+        | ({"num_blocks": 60} | below if tiers else {"num_blocks": 150}),
         transfer={"channels": [channel]},
         router={"admission": {"max_queue": REQUESTS, "queue_timeout_s": 120}},
     ) as cluster:
