@@ -68,7 +68,31 @@ def render_status(status: dict[str, Any], url: str, wide: bool = True) -> Render
         table.add_column(title, justify="right", no_wrap=True)
     for worker in workers:
         table.add_row(*_row(worker, wide))
-    return Group(head, table)
+    ways = _ways(workers)
+    return Group(head, table, Text(), ways) if ways.row_count else Group(head, table)
+
+
+def _ways(workers: list[dict[str, Any]]) -> Table:
+    """By which road KV blocks go from whom to whom, and why not by a better one."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in ("KV blocks from", "to", "road", "channels"):
+        table.add_column(title, no_wrap=True)
+    for title in ("sent", "rate"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("passed over")
+    for worker in workers:
+        for peer, way in sorted((worker.get("peers") or {}).items()):
+            rate = way.get("bytes_per_s") or 0
+            table.add_row(
+                str(worker.get("worker_id", "-")),
+                peer,
+                way.get("road") or "opening",
+                str(way.get("channels", "-")),
+                f"{way.get('sent_bytes', 0) / 1e6:,.0f} MB",
+                f"{rate / 1e9:.2f} GB/s" if rate else "-",
+                "; ".join(way.get("passed_over") or ()),
+            )
+    return table
 
 
 def _row(worker: dict[str, Any], wide: bool) -> list[Text | str]:

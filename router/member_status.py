@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from router.fleet import Member
 from router.load import LoadBook
 from router.prefix_index import PrefixIndex
@@ -28,6 +30,7 @@ def describe(member: Member, book: LoadBook, index: PrefixIndex) -> dict[str, An
         "waiting": load.waiting,
         "reserved": load.reserved,
         "sending": load.sending,
+        "peers": {worker_id: msgspec.to_builtins(peer) for worker_id, peer in load.peers.items()},
         "queued_prefill_tokens": load.queued_prefill_tokens,
         "blocks": {
             "total": info.num_blocks,

@@ -114,7 +114,9 @@ class Serving:
             self._thread.join(timeout=30)
 
     def load(self) -> Load:
-        return msgspec.structs.replace(self._engine.load(), sending=len(self.handoffs))
+        with self._engine.lock:
+            handoffs = self.handoffs
+            return msgspec.structs.replace(self._engine.load(), sending=len(handoffs), peers=handoffs.peers())
 
     def num_requests(self) -> int:
         with self._engine.lock:

@@ -127,7 +127,6 @@ class Worker:
                 referenced_blocks=self.engine.pool.num_referenced,
                 leases=len(self.serving.tickets) + len(self.serving.handoffs),
                 requests=self.serving.num_requests(),
-                peers=self.serving.handoffs.peers(),
                 hashes=list({h: None for h, _, _ in self.engine.cached()}) if request.want_hashes else [],
                 metrics=self._metrics.text() if request.want_metrics else b"",
             )

@@ -246,7 +246,7 @@ def test_prefill_and_decode_between_two_workers(
     assert to_d.next(Ticketed).ticket.first_block == 6, "the decode worker has the full blocks"
     to_d.send(Cancel("again"))
     until(lambda: at_rest(d) and at_rest(p))
-    assert to_p.status().peers["decode-0"].road == road
+    assert to_p.status().load.peers["decode-0"].road == road
 
 
 def holder_of(worker: Worker, num_blocks: int) -> PrefixHolder:
@@ -272,7 +272,7 @@ def test_a_decode_worker_fetches_the_prefix_that_another_has(start: Start, alone
     assert client.next(Accepted).cached_tokens == 96, "no prefill worker is needed"
     assert client.tokens(w.request_id) == alone.generate([w.prompt], w.sampling)[0].tokens
     until(lambda: at_rest(first) and at_rest(second))
-    assert first.status(StatusRequest(0)).peers["decode-1"].sent_bytes == 6 * first.info.layout.block_bytes
+    assert first.serving.load().peers["decode-1"].sent_bytes == 6 * first.info.layout.block_bytes
 
 
 def test_a_prefill_worker_fetches_what_the_decode_worker_has(start: Start, alone: Engine) -> None:

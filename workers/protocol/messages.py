@@ -160,6 +160,16 @@ class TokenLogprobs(Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]] = []  # most likely first
 
 
+class PeerStatus(Struct, frozen=True):
+    """The way to one receiver."""
+
+    road: str  # "" while it is being opened
+    channels: int = 0
+    sent_bytes: int = 0  # acknowledged
+    bytes_per_s: float = 0.0  # while bytes were on their way; 0: not measured yet
+    passed_over: list[str] = []  # better roads that were allowed, and why they were not taken
+
+
 class Load(Struct, frozen=True):
     """What the cost function needs to know of a worker, and what `headrace status` shows."""
 
@@ -178,6 +188,7 @@ class Load(Struct, frozen=True):
     preemptions: int = 0  # since start
     drafted_tokens: int = 0  # since start: guessed by speculation and verified
     accepted_tokens: int = 0  # since start: of these, right
+    peers: dict[str, PeerStatus] = {}  # by worker_id: those that this worker sends blocks to
 
 
 # --- connection set-up (both planes) ---------------------------------------------------------------------------------
@@ -306,23 +317,12 @@ class Heartbeat(Struct, frozen=True, tag="beat"):
     load: Load
 
 
-class PeerStatus(Struct, frozen=True):
-    """The way to one receiver."""
-
-    road: str  # "" while it is being opened
-    channels: int = 0
-    sent_bytes: int = 0  # acknowledged
-    bytes_per_s: float = 0.0  # while bytes were on their way; 0: not measured yet
-    passed_over: list[str] = []  # better roads that were allowed, and why they were not taken
-
-
 class StatusReply(Struct, frozen=True, tag="stat"):
     query_id: int
     load: Load
     referenced_blocks: int
     leases: int
     requests: int
-    peers: dict[str, PeerStatus] = {}  # by worker_id: those that this worker sends blocks to
     hashes: list[bytes] = []
     metrics: bytes = b""  # Prometheus text exposition
 
