@@ -89,7 +89,7 @@ class EngineConfig(Section):
         description="bytes on disk for blocks that host_cache_memory evicts; they outlive the worker; 0: none",
     )
     disk_cache_dir: Path | None = Field(
-        None, description="where they are; each worker has a directory of its name in it"
+        None, description="where they are, an absolute path; each worker has a directory of its name in it"
     )
     num_threads: int | None = Field(
         None, ge=1, description="CPU threads of the kernels; null: cores / workers"
@@ -115,6 +115,8 @@ class EngineConfig(Section):
     def _one_tier_below_the_other(self) -> Self:
         if self.disk_cache_memory and self.disk_cache_dir is None:
             raise ValueError("disk_cache_memory is set, disk_cache_dir is not: name a directory")
+        if self.disk_cache_dir is not None and not self.disk_cache_dir.expanduser().is_absolute():
+            raise ValueError(f"disk_cache_dir is {self.disk_cache_dir}: it must be an absolute path")
         if self.disk_cache_memory and not self.host_cache_memory:
             raise ValueError(
                 "disk_cache_memory is set, host_cache_memory is not: blocks reach the disk through host memory"

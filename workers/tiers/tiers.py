@@ -88,7 +88,7 @@ def open_tiers(
     disk = None
     if config.disk_cache_memory:
         assert config.disk_cache_dir is not None, "the configuration was checked"
-        directory = config.disk_cache_dir / quote(worker_id, safe="").replace(".", "%2E")
+        directory = config.disk_cache_dir.expanduser() / quote(worker_id, safe="").replace(".", "%2E")
         disk = DiskTier(directory, int(config.disk_cache_memory), block_bytes, hash_root)
     try:
         host = HostTier(int(config.host_cache_memory), block_bytes, pinned=pinned, lower=disk)
