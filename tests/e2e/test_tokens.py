@@ -17,12 +17,16 @@ GREEDY = {"max_tokens": NEW_TOKENS, "temperature": 0.0, "ignore_eos": True}
 
 CLUSTERS = {
     "shm": {"transfer": {"channels": ["shm"]}},
-    "tcp, chunks of 96, preemption": {
-        "transfer": {"channels": ["tcp"]},
+    "three tcp streams, chunks of 96, preemption": {
+        "transfer": {"channels": ["tcp"], "tcp_streams": 3},
         "engine": {"num_blocks": 110, "max_num_batched_tokens": 96},
         "router": {"policy": {"local_prefill_max": 0}},
     },
-    "two and two": {"prefill": 2, "decode": 2, "transfer": {"channels": ["shm", "tcp"]}},
+    "two and two, by layer": {
+        "prefill": 2,
+        "decode": 2,
+        "transfer": {"channels": ["shm", "tcp"], "layer_groups": 6},
+    },
 }
 
 
@@ -54,7 +58,7 @@ async def test_greedy_tokens_are_those_of_transformers(
     )
     if "preemption" in name:
         assert sum(reply.load.preemptions for reply in decode) > 0
-    if name == "two and two":
+    if "two and two" in name:
         assert all(reply.load.output_tokens for reply in status.values()), "every worker took part"
 
 
