@@ -64,7 +64,9 @@ class PrefixIndex:
         self._holders: dict[str, _Holder] = {}
         self._names: list[str | None] = []  # slot -> worker_id
         self._present = 0  # bits of all known workers
-        self._plain = [CachedPrefix(0)]  # by depth, all on the device: making them anew is what a look-up would feel
+        self._plain = [
+            CachedPrefix(0)
+        ]  # by depth, all on the device: making them anew is what a look-up would feel
 
     # --- feeding it -------------------------------------------------------------------------------------------------
 
@@ -165,25 +167,24 @@ class PrefixIndex:
 
     def _count_lower(self, found: dict[str, CachedPrefix], hashes: Sequence[bytes]) -> None:
         """How much of what was found is not on the device. Costs something where a run of such blocks begins or ends."""
-        bit_of = {name: self._holders[name].bit for name in found}
-        host = self._runs(self._host_masks, hashes, sum(bit_of.values()))
-        disk = self._runs(self._disk_masks, hashes, sum(bit_of.values()))
-        for name, bit in bit_of.items():
-            if bit in host or bit in disk:
+        host, disk = self._runs(self._host_masks, hashes), self._runs(self._disk_masks, hashes)
+        for bit in host | disk:
+            name = self._names[bit.bit_length() - 1]
+            if name in found:
                 depth = found[name].blocks
                 found[name] = CachedPrefix(
                     depth, _within(host.get(bit), depth), _within(disk.get(bit), depth)
                 )
 
     @staticmethod
-    def _runs(masks: dict[bytes, int], hashes: Sequence[bytes], relevant: int) -> dict[int, list[int]]:
+    def _runs(masks: dict[bytes, int], hashes: Sequence[bytes]) -> dict[int, list[int]]:
         """For each worker's bit that is set somewhere: where runs of it begin, end, begin, ..."""
         edges: dict[int, list[int]] = {}
         if not masks:
             return edges
         before = 0
         for depth, block_hash in enumerate(hashes):
-            now = masks.get(block_hash, 0) & relevant
+            now = masks.get(block_hash, 0)
             changed = now ^ before
             while changed:
                 lowest = changed & -changed
