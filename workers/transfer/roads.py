@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from workers.protocol.messages import KvEndpoint
 from workers.protocol.messages import Road as RoadName
 from workers.transfer.block_memory import BlockMemory
+from workers.transfer.cuda_ipc import CudaIpc
+from workers.transfer.nccl import Nccl
 from workers.transfer.road import RoadKind
 from workers.transfer.shm import Shm
 from workers.transfer.tcp import Tcp
 
-ROADS: dict[RoadName, RoadKind] = {road.name: road for road in (Shm(), Tcp())}
+ROADS: dict[RoadName, RoadKind] = {road.name: road for road in (Nccl(), CudaIpc(), Shm(), Tcp())}
 
 
 def usable(allowed: Sequence[RoadName], memory: BlockMemory) -> dict[RoadName, str | None]:
