@@ -8,6 +8,8 @@ import random
 import time
 from pathlib import Path
 
+from prometheus_client.parser import text_string_to_metric_families
+
 from tests.e2e.local_cluster import LocalCluster
 from workers.config import EngineConfig
 from workers.engine.engine import Engine
@@ -37,7 +39,7 @@ async def test_turns_of_conversations_come_back_from_the_tiers(tiny_model: Path,
     size = engine.layout.block_bytes
     settings = {
         "num_blocks": 40,
-        "host_cache_memory": 30 * size,
+        "host_cache_memory": 60 * size,
         "disk_cache_memory": 400 * (size + 100),
         "disk_cache_dir": str(tmp_path),
     }
@@ -51,9 +53,15 @@ async def test_turns_of_conversations_come_back_from_the_tiers(tiny_model: Path,
 
         await ask("a", range(len(prompts)))
         await cluster.assert_at_rest()
-        status = await cluster.status()
-        hits = sum(reply.load.prefix_hit_tokens for reply in status.values())
-        assert hits > 0.4 * sum(map(len, prompts)), "40 blocks alone hold the last few prompts"
+        # How much came back depends on this machine: what would take longer to load than to compute is computed.
+        loaded = [
+            sample
+            for text in await cluster.dispatcher.worker_metrics()
+            for family in text_string_to_metric_families(text.decode())
+            for sample in family.samples
+            if sample.name == "headrace_prefix_load_tokens_total"
+        ]
+        assert {sample.labels["source"] for sample in loaded if sample.value > 0} >= {HOST, DISK}
         assert index.hashes("decode-0", HOST)
         on_disk = index.hashes("decode-0", DISK)
         assert on_disk
