@@ -16,13 +16,14 @@ import numpy as np
 from bench.machine import describe, sentence
 from bench.results import write_results
 from bench.spread import Spread, interleaved
-from bench.transfer import first_token
+from bench.transfer import first_token, granularity
 from bench.transfer.limits import SocketCopy, iperf3_rate, memcpy_rate
 from bench.transfer.pair import Pair
 from workers.config import TransferConfig
 
 KIB = 1024
 SIZES = (256 * KIB, 1024 * KIB, 8192 * KIB, 65536 * KIB)
+WHAT = ("shm", "tcp", "ttft", "granularity")
 LENGTHS = (512, 1024, 2048, 4096)
 
 
@@ -123,6 +124,19 @@ def table(found: dict[str, Any]) -> str:
                 cells += [f"{one.spread(name).shown(1, 1e3)} ms", f"{added.median:+.1%}"]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
+    if "granularity" in found:
+        groups = list(found["granularity"][0]["seconds"])
+        heads = [f"layers in {count} parts" if int(count) > 1 else "by chunk" for count in groups]
+        lines += [
+            f"| wire | prompt tokens | {' | '.join(f'first token, {head}' for head in heads)} |",
+            "|" + "---|" * (len(groups) + 2),
+        ]
+        for row in found["granularity"]:
+            spreads = [Spread.of(row["seconds"][count]) for count in groups]
+            base = spreads[0].median
+            cells = [f"{s.shown(1, 1e3)} ms ({s.median / base - 1:+.1%})" for s in spreads]
+            lines.append(f"| {row['wire']} | {row['prompt_tokens']:,} | {' | '.join(cells)} |")
+        lines.append("")
     return "\n".join(lines)
 
 
@@ -155,14 +169,14 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", nargs="*", choices=["shm", "tcp", "ttft"], help="default: all")
+    parser.add_argument("what", nargs="*", choices=WHAT, help="default: all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--mib", type=int, default=256, help="moved in each transfer")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 2], help="of tcp")
     parser.add_argument("--threads", type=int, default=1, help="of each worker (ttft)")
     parser.add_argument("--out", type=Path, default=Path("bench-out/transfer"))
     given = parser.parse_args()
-    what = given.what or ["shm", "tcp", "ttft"]
+    what = given.what or WHAT
     total = given.mib * KIB * KIB
     found: dict[str, Any] = {"machine": describe()}
     if "shm" in what:
@@ -171,6 +185,8 @@ def main() -> None:
         found["tcp"] = tcp(given.rounds, total, given.streams)
     if "ttft" in what:
         found["ttft"] = ttft(given.rounds, given.threads)
+    if "granularity" in what:
+        found["granularity"] = granularity.measure((512, 2048), (1, 5, 30), given.rounds, given.threads)
     write_results(given.out, "transfer", found, table(found), plot)
 
 
