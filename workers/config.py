@@ -165,7 +165,9 @@ class TransferConfig(Section):
         description="staging per pair, where a cache can't be read in place (shm from a GPU, nccl)",
     )
     max_communicators: int = Field(
-        16, ge=1, description="pairs of this worker that may use nccl at a time; each takes GPU memory"
+        16,
+        ge=1,
+        description="connections of this worker that may use nccl at a time; each takes 50 to 100 MB of GPU memory",
     )
 
 

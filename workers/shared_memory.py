@@ -11,6 +11,7 @@ import mmap
 import os
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 
@@ -32,6 +33,11 @@ class SharedPages:
     @property
     def address(self) -> int:
         return int(self.array.ctypes.data)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """uint8 [num_bytes]"""
+        return torch.from_numpy(self.array)
 
     def close(self) -> None:
         """No more peers. The mapping itself goes when the last view of it does; unmapping under a copy would fault."""

@@ -46,7 +46,7 @@ class Worker:
         )
         address = self._server.bind()
         # Whoever sends most of its blocks keeps them where receivers on this host can read them in place.
-        share = config.role == "prefill" and "shm" in config.transfer.channels
+        share = config.role == "prefill" and not {"shm", "cuda_ipc"}.isdisjoint(config.transfer.channels)
         self.engine = Engine(config.engine, prepare_model(str(config.model_path)), share_kv=share)
         runner = self.engine.runner
         memories = [block_memory(runner.kv_cache, self.engine.layout, runner.shared)]

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from workers.config import EngineConfig
+from workers.device_memory import DevicePages
 from workers.engine.plan import Sampled
 from workers.engine.runner import TorchRunner
 from workers.engine.step_input import StepInput
@@ -43,8 +44,8 @@ class Runner(Protocol):
         """[num_blocks, ...], each block contiguous, in the layout's bytes."""
 
     @property
-    def shared(self) -> SharedPages | None:
-        """The pages of the KV cache, when other processes can map them."""
+    def shared(self) -> SharedPages | DevicePages | None:
+        """The pages of the KV cache, when other processes can map or open them."""
 
     def watch_next(self) -> LayersDone | None:
         """Of the step that is run next, to be asked from any thread. None: nobody can tell before its end."""
@@ -60,7 +61,7 @@ class Backend(Protocol):
     def layout(self) -> KvLayout: ...
 
     def runner(self, num_blocks: int, share_kv: bool = False) -> Runner:
-        """Called once. `share_kv`: on a CPU, keep the KV cache in memory that other processes can map."""
+        """Called once. `share_kv`: keep the KV cache in memory that other processes can map or open."""
 
 
 def open_backend(config: EngineConfig, model: PreparedModel) -> Backend:

@@ -55,7 +55,7 @@ class Completion:
 
 class Engine:
     def __init__(self, config: EngineConfig, model: PreparedModel, *, share_kv: bool = False) -> None:
-        """`share_kv`: on a CPU, keep the KV cache in memory that other processes can map."""
+        """`share_kv`: keep the KV cache in memory that other processes can map or open."""
         if (config.max_model_len or 0) > model.max_model_len:
             raise ValueError(
                 f"engine.max_model_len is {config.max_model_len}, but the model goes up to {model.max_model_len}"

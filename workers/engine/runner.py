@@ -7,6 +7,7 @@ import torch
 
 from kernels.cpu.decoder import StepArrays
 from kernels.reference import AttentionBatch
+from workers.device_memory import DevicePages, exportable_pages
 from workers.engine.plan import Sampled
 from workers.engine.sampler import Sampler
 from workers.engine.step_input import StepInput
@@ -26,9 +27,8 @@ class TorchRunner:
         self.layout = layout
         self.weights = str(model.dtype).removeprefix("torch.")
         self._sampler = sampler
-        share_kv = share_kv and model.device.type == "cpu"
-        self.shared = SharedPages(num_blocks * layout.block_bytes) if share_kv else None
-        pages = None if self.shared is None else torch.from_numpy(self.shared.array)
+        self.shared = _shared(num_blocks * layout.block_bytes, model.device) if share_kv else None
+        pages = None if self.shared is None else self.shared.tensor
         self.kv_cache = model.new_kv_cache(num_blocks, layout.block_size, pages)
 
     def watch_next(self) -> None:
@@ -55,6 +55,13 @@ class TorchRunner:
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.int64).to(self.device)
+
+
+def _shared(num_bytes: int, device: torch.device) -> SharedPages | DevicePages | None:
+    """Memory that other processes of the host can map or open."""
+    if device.type == "cpu":
+        return SharedPages(num_bytes)
+    return exportable_pages(num_bytes, device) if device.type == "cuda" else None
 
 
 def _padded_tables(arrays: StepArrays, block_size: int) -> np.ndarray:

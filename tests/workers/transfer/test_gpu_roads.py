@@ -426,7 +426,10 @@ def test_a_sender_of_cuda_ipc_announces_only_what_is_computed(
     d, p = gpus.decode(["cuda_ipc"]), gpus.prefill(["cuda_ipc"])
     hand_over(d, p, 8)
     computed = threading.Event()
-    monkeypatch.setattr("tests.workers.transfer.fake_cuda._FakeEvent.query", lambda event: computed.is_set())
+    monkeypatch.setattr(
+        "tests.workers.transfer.fake_cuda._FakeEvent.query",
+        lambda event: computed.is_set() and event._done.is_set(),
+    )
     w = work("a", list(range(40)))
     p.accept(w, d.reserve(w))
     p.run()
