@@ -22,7 +22,7 @@ from workers.cuda import device_errors, stream_on, wait_for
 from workers.device_memory import DevicePages
 from workers.protocol.messages import Compression, KvLayout
 from workers.shared_memory import SharedPages
-from workers.transfer.device_relayout import relayout_on
+from workers.transfer.device_relayout import relayout_for
 
 View = memoryview
 
@@ -171,7 +171,7 @@ class DeviceBlocks:
         self._layout = layout
         self.exported = exported
         self._leaving, self._arriving = stream_on(kv_cache.device), stream_on(kv_cache.device)
-        self._relayout = relayout_on(kv_cache.device)
+        self._relayout = relayout_for(kv_cache)
 
     @property
     def device(self) -> torch.device:

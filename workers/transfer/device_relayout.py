@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import logging
+import subprocess
 from typing import Protocol
 
 import torch
@@ -27,17 +27,21 @@ class Relayout(Protocol):
     ) -> None: ...
 
 
-@functools.cache
-def relayout_on(device: torch.device) -> Relayout:
-    if device.type != "cuda":
+@torch.inference_mode()
+def relayout_for(cache: torch.Tensor) -> Relayout:
+    """For that cache, which nobody uses yet."""
+    if cache.device.type != "cuda":
         return _Torch()
     try:
         found = _Triton()
-        cache = torch.zeros(1, 1, 2, 1, 1, 16, dtype=torch.float16, device=device)
-        wire = torch.empty(64, dtype=torch.uint8, device=device)
-        found.gather(wire, cache, torch.zeros(1, dtype=torch.int64, device=device), "none")
+        with torch.cuda.device(cache.device):
+            # Its first block is copied out and back: Triton compiles now, with a C compiler, or not at all.
+            wire = torch.empty(cache[0].nbytes, dtype=torch.uint8, device=cache.device)
+            first = torch.zeros(1, dtype=torch.int64, device=cache.device)
+            found.gather(wire, cache, first, "none")
+            found.scatter(cache, first, wire, "none")
         return found
-    except (ImportError, RuntimeError, OSError) as error:  # it builds with a C compiler when first used
+    except (ImportError, RuntimeError, OSError, subprocess.SubprocessError) as error:
         logger.warning("KV blocks leave the GPU by torch, which is slower: Triton can't be used: %s", error)
         return _Torch()
 
