@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from workers.cuda import Communicator, Cuda, Event, device_errors, wait_for
+from workers.cuda import Communicator, Cuda, Event, device_errors, stream_on, wait_for
 from workers.transfer.road import RoadBlocked
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class Pair:
         self._staging, self._seat = staging, seat
         with device_errors("a stream"):
             self._stream = cuda.stream(device)
-            self.beside = cuda.stream(device)  # for what goes into the staging and out of it
+            self.beside = stream_on(device)  # for what goes into the staging and out of it
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._communicator: Communicator | None = None
@@ -173,6 +173,8 @@ class Pair:
         communicator = self._cuda.join(self._device, self._id, self._rank)
         with self._lock:
             self._communicator = communicator
+        with self._stream.use():
+            pass  # behind what the model has queued: torch may have given us memory that it is not done with
         # NCCL connects with the first byte. If that goes wrong, another road can still be taken.
         act = communicator.send if self._rank == 0 else communicator.recv
         act(self._staging.data_ptr(), 1, 1 - self._rank, self._stream)
