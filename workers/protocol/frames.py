@@ -59,7 +59,7 @@ class Codec(Generic[M]):
     def decode(self, body: bytes | bytearray | memoryview) -> M:
         try:
             return self._decoder.decode(body)
-        except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ProtocolError(f"undecodable frame of {len(body)} bytes: {error}") from error
 
 
@@ -172,7 +172,8 @@ def send_frame_with_fds(sock: socket.socket, message: Any, fds: Sequence[int]) -
     """Over a unix socket: descriptors travel beside the first byte."""
     frame = encode(message)
     sent = socket.send_fds(sock, [frame], list(fds)) if fds else 0
-    sock.sendall(frame[sent:])
+    if sent < len(frame):  # sending nothing, too, fails when the peer has already read it, refused and left
+        sock.sendall(frame[sent:])
 
 
 def recv_frame_with_fds(
