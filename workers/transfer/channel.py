@@ -5,6 +5,7 @@ Ordered, and acknowledged piece by piece. Opening one tries the roads that both 
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import threading
@@ -31,6 +32,7 @@ from workers.protocol.messages import (
     KvLayout,
     KvOpen,
     KvReady,
+    PrefixHolder,
     Ticket,
 )
 from workers.protocol.messages import Road as RoadName
@@ -38,6 +40,8 @@ from workers.transfer.block_memory import BlockMemory
 from workers.transfer.road import End, Outlet, RoadBlocked, RoadKind
 from workers.transfer.roads import choices
 from workers.transfer.shards import Part
+
+Address = Ticket | PrefixHolder  # whoever blocks can be sent to
 
 
 class NoRoute(ConnectionError):
@@ -87,8 +91,6 @@ class Channel:
 
     def poll(self, timeout_s: float) -> bool:
         """Whether something came in within the time: an acknowledgement or the end."""
-        if self._sock.fileno() < 0:
-            raise ConnectionError("the channel was closed")
         poller = select.poll()
         poller.register(self._sock, select.POLLIN)
         return bool(poller.poll(timeout_s * 1000))
@@ -107,13 +109,18 @@ class Channel:
         return message
 
     def close(self) -> None:
-        """Nothing that is not acknowledged counts any more, on either side. Idempotent."""
+        """Nothing that is not acknowledged counts any more, on either side. Wakes who waits here. Idempotent."""
         self._outlet.close()
-        shut(self._sock)
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def release(self) -> None:
+        """After `close`, when nobody uses the channel any more: its descriptor may be somebody else's from here on."""
+        self._sock.close()
 
 
 def open_channel(
-    ticket: Ticket,
+    address: Address,
     part: Part,
     ranks: int,
     memory: BlockMemory,
@@ -127,20 +134,20 @@ def open_channel(
 
     `ranks`: of the sender; `memory`: of the rank that `part` names. Raises NoRoute, Incompatible, ProtocolError.
     """
-    endpoints = [endpoint for endpoint in ticket.endpoints if endpoint.rank == part.destination]
-    ways, passed_over = choices(config.channels, memory, endpoints, ticket.worker_id)
+    endpoints = [endpoint for endpoint in address.endpoints if endpoint.rank == part.destination]
+    ways, passed_over = choices(config.channels, memory, endpoints, address.worker_id)
     end = End(memory, layout, part.heads, part.source_heads(ranks, layout.num_kv_heads), config)
     compression = "none" if layout.dtype == "int8" else config.compression
     for road, endpoint in ways:
         try:
-            return _open(road, endpoint, ticket, part, ranks, end, compression, secret, peer_id), passed_over
+            return _open(road, endpoint, address, part, ranks, end, compression, secret, peer_id), passed_over
         except (Incompatible, ProtocolError):
             raise
         except (RoadBlocked, OSError) as error:
             passed_over.append(f"{road.name} to {endpoint.address}: {error}")
     offered = ", ".join(sorted({e.kind for e in endpoints})) or "nothing"
     raise NoRoute(
-        f"no channel to {ticket.worker_id}: it offers {offered}, transfer.channels here allows "
+        f"no channel to {address.worker_id}: it offers {offered}, transfer.channels here allows "
         f"{', '.join(config.channels)}; {'; '.join(passed_over)}"
     )
 
@@ -148,7 +155,7 @@ def open_channel(
 def _open(
     road: RoadKind,
     endpoint: KvEndpoint,
-    ticket: Ticket,
+    address: Address,
     part: Part,
     ranks: int,
     end: End,
@@ -160,7 +167,7 @@ def _open(
     sock = _connect(road, endpoint, timeout_s)
     outlet = None
     try:
-        _handshake(sock, ticket, secret, peer_id)
+        _handshake(sock, address, secret, peer_id)
         outlet = road.outlet(end, compression)
         offer = outlet.offer()
         opened = KvOpen(road=road.name, layout=end.layout, rank=part.source, ranks=ranks, **offer.fields)
@@ -195,14 +202,14 @@ def _connect(road: RoadKind, endpoint: KvEndpoint, timeout_s: float) -> socket.s
     return sock
 
 
-def _handshake(sock: socket.socket, ticket: Ticket, secret: bytes, peer_id: str) -> None:
+def _handshake(sock: socket.socket, address: Address, secret: bytes, peer_id: str) -> None:
     challenge = recv_frame(sock, kv_to_sender, max_bytes=MAX_GREETING_BYTES)
     hello = answer_challenge(secret, challenge, peer_id)
     send_frame(sock, hello)
     info = check_welcome(secret, hello, recv_frame(sock, kv_to_sender, max_bytes=MAX_GREETING_BYTES))
-    if (info.worker_id, info.epoch) != (ticket.worker_id, ticket.epoch):
+    if (info.worker_id, info.epoch) != (address.worker_id, address.epoch):
         raise ProtocolError(
-            f"{info.worker_id}:{info.epoch} answers where the ticket names {ticket.worker_id}:{ticket.epoch}"
+            f"{info.worker_id}:{info.epoch} answers where the ticket names {address.worker_id}:{address.epoch}"
         )
 
 

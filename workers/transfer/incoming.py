@@ -33,6 +33,7 @@ from workers.protocol.messages import (
     KvPrefix,
     KvReady,
     KvRenew,
+    KvToReceiver,
     Refused,
     WorkerInfo,
 )
@@ -89,9 +90,7 @@ class Incoming:
 
     def open(self) -> bool:
         """Agree with the sender on the road. False: it can't be, and it was told why."""
-        opened, fds = recv_frame_with_fds(
-            self._sock, kv_to_receiver, max_fds=_MAX_FDS, max_bytes=MAX_GREETING_BYTES
-        )
+        opened, fds = self._recv_open()
         refusal = None
         try:
             if not isinstance(opened, KvOpen):
@@ -112,11 +111,20 @@ class Incoming:
             )
         return refusal is None
 
+    def _recv_open(self) -> tuple[KvToReceiver, list[int]]:
+        if self._sock.family == socket.AF_UNIX:
+            return recv_frame_with_fds(
+                self._sock, kv_to_receiver, max_fds=_MAX_FDS, max_bytes=MAX_GREETING_BYTES
+            )
+        return recv_frame(self._sock, kv_to_receiver, max_bytes=MAX_GREETING_BYTES), []
+
     def _refusal(self, opened: KvOpen) -> KvReady | None:
         target = self._target
         if opened.road != target.road.name:
             raise ProtocolError(f"{opened.road} asked for at the door of {target.road.name}")
         reason = mismatch(target.layout, opened.layout, self._peer_id)
+        if reason is None and opened.compression != "none" and target.layout.dtype == "int8":
+            reason = f"blocks of int8 are not compressed to {opened.compression}"
         if reason is None:
             try:
                 for part in parts(opened.ranks, target.ranks, target.layout.num_kv_heads):
@@ -183,7 +191,7 @@ class Incoming:
             if not began:
                 self._inlet.skip(message)
             return KvAck(transfer_id=message.transfer_id, ok=False, reason=str(error))
-        except (OSError, ProtocolError) as error:
+        except Exception as error:
             self._target.tickets.abort(message.transfer_id, message.epoch, f"the channel broke: {error}")
             raise
         return KvAck(transfer_id=message.transfer_id, ok=True)

@@ -16,9 +16,9 @@ from typing import Any
 
 from workers.config import TransferConfig
 from workers.protocol.frames import ProtocolError
-from workers.protocol.messages import KvAck, KvLayout, PeerStatus, Ticket
+from workers.protocol.messages import KvAck, KvLayout, PeerStatus
 from workers.transfer.block_memory import BlockMemory
-from workers.transfer.channel import Channel, open_channel
+from workers.transfer.channel import Address, Channel, open_channel
 from workers.transfer.outbox import Outbox
 from workers.transfer.shards import Part, parts
 from workers.transfer.throughput import Throughput
@@ -49,6 +49,7 @@ class _Lane:
     channel: Channel
     outbox: Outbox[Piece]
     unacknowledged: deque[Piece] = field(default_factory=deque)
+    num_threads: int = 2  # that use the channel
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +69,14 @@ class Sender:
 
 
 class Peer:
-    def __init__(self, ticket: Ticket, sender: Sender) -> None:
+    def __init__(self, address: Address, sender: Sender) -> None:
         """Raises ValueError when the heads of both sides can't be matched."""
-        self.worker_id, self.epoch = ticket.worker_id, ticket.epoch
-        self.parts = parts(len(sender.memories), ticket.ranks, sender.layout.num_kv_heads)
+        self.worker_id, self.epoch = address.worker_id, address.epoch
+        self.parts = parts(len(sender.memories), address.ranks, sender.layout.num_kv_heads)
         self.dead = False
         self.renewal: Any = None  # goes before whatever waits: a lease must not run out in the queue
         self.throughput = Throughput()
-        self._ticket, self._sender = ticket, sender
+        self._address, self._sender = address, sender
         self._changed = threading.Condition(sender.lock)
         self._outboxes: dict[Part, Outbox[Piece]] = {part: Outbox() for part in self.parts}
         self._lanes: list[_Lane] = []
@@ -143,9 +144,9 @@ class Peer:
         try:
             for part in self.parts:
                 streams = 1
-                while streams > 0:
+                while streams > 0 and not self.dead:
                     channel, passed_over = open_channel(
-                        self._ticket,
+                        self._address,
                         part,
                         len(sender.memories),
                         sender.memories[part.source],
@@ -160,7 +161,7 @@ class Peer:
                     self._run(channel, part, passed_over)
             with sender.lock:
                 self._opened = True
-        except (OSError, ProtocolError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it was, those who wait are told
             self._fail(error)
 
     def _has_lane(self, part: Part) -> bool:
@@ -171,34 +172,45 @@ class Peer:
         with self._sender.lock:
             if self.dead:
                 channel.close()
+                channel.release()
                 return
             self._lanes.append(lane)
             self._passed_over = passed_over
         for job, name in ((self._write, "send"), (self._read, "acks")):
             threading.Thread(
-                target=job, args=(lane,), name=f"kv-{name}-{self.worker_id}", daemon=True
+                target=self._serve, args=(lane, job), name=f"kv-{name}-{self.worker_id}", daemon=True
             ).start()
+
+    def _serve(self, lane: _Lane, job: Callable[[_Lane], None]) -> None:
+        try:
+            job(lane)
+        except Exception as error:  # noqa: BLE001 - whatever it was, those who wait are told
+            self._fail(error)
+        finally:
+            with self._sender.lock:
+                lane.num_threads -= 1
+                last = lane.num_threads == 0
+            if last:
+                lane.channel.release()
 
     def _fail(self, error: Exception) -> None:
         reason = f"kv channel to {self.worker_id} failed: {error}"
         with self._sender.lock:
             if not self.dead:
-                logger.warning("%s", reason)
+                known = isinstance(error, (OSError, ProtocolError))
+                logger.warning("%s", reason, exc_info=None if known else error)
             self.drop(reason)
 
     def _write(self, lane: _Lane) -> None:
-        try:
-            while True:
-                with self._changed:
-                    item = self._next(lane)
-                    if item is None:
-                        return
-                    if isinstance(item, Piece):
-                        lane.unacknowledged.append(item)
-                        self.throughput.begin(time.monotonic())
-                self._write_one(lane.channel, item)
-        except (OSError, ProtocolError) as error:
-            self._fail(error)
+        while True:
+            with self._changed:
+                item = self._next(lane)
+                if item is None:
+                    return
+                if isinstance(item, Piece):
+                    lane.unacknowledged.append(item)
+                    self.throughput.begin(time.monotonic())
+            self._write_one(lane.channel, item)
 
     def _next(self, lane: _Lane) -> Any:
         """Waits for something that may be sent. None: the end."""
@@ -234,24 +246,21 @@ class Peer:
 
     def _read(self, lane: _Lane) -> None:
         timeout_s = self._sender.config.io_timeout_s
-        try:
-            while True:
-                if not lane.channel.poll(timeout_s):
-                    self._check_stall(lane, timeout_s)
-                    continue
-                ack = lane.channel.recv_ack()
-                with self._changed:
-                    if self.dead:
-                        return
-                    if not lane.unacknowledged:
-                        raise ProtocolError("acknowledgement of nothing")
-                    piece = lane.unacknowledged.popleft()
-                    idle = not any(one.unacknowledged for one in self._lanes)
-                    self.throughput.took(piece.num_bytes if ack.ok else 0, time.monotonic(), idle)
-                    self._changed.notify_all()
-                    self._sender.on_ack(self, piece, ack)
-        except (OSError, ProtocolError) as error:
-            self._fail(error)
+        while True:
+            if not lane.channel.poll(timeout_s):
+                self._check_stall(lane, timeout_s)
+                continue
+            ack = lane.channel.recv_ack()
+            with self._changed:
+                if self.dead:
+                    return
+                if not lane.unacknowledged:
+                    raise ProtocolError("acknowledgement of nothing")
+                piece = lane.unacknowledged.popleft()
+                idle = not any(one.unacknowledged for one in self._lanes)
+                self.throughput.took(piece.num_bytes if ack.ok else 0, time.monotonic(), idle)
+                self._changed.notify_all()
+                self._sender.on_ack(self, piece, ack)
 
     def _check_stall(self, lane: _Lane, timeout_s: float) -> None:
         with self._sender.lock:

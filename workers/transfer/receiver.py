@@ -136,6 +136,8 @@ class Receiver:
         except OSError as error:
             if not self._stopping:
                 logger.info("kv channel (%s) ended: %s", road, error)
+        except Exception:
+            logger.exception("kv channel (%s) failed", road)
         finally:
             with self._lock:
                 self._connections.discard(sock)

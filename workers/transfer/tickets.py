@@ -33,7 +33,7 @@ class Landing(Protocol):
         """Ids of the ticket's blocks [first, first + count)."""
 
     def land(self, message: KvFirstToken | KvPrefix, opened: float, num_bytes: int) -> None:
-        """Everything has arrived. `opened`: monotonic seconds."""
+        """Everything has arrived. `opened`: monotonic seconds. Raises TicketGone when this is not what it waits for."""
 
     def lose(self, code: FailureCode, reason: str) -> None:
         """Nothing more will be written."""
@@ -90,6 +90,10 @@ class Tickets:
 
     def __len__(self) -> int:
         return len(self._open)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._engine.vocab_size
 
     def open(self, request: Request, transfer_id: str, lease_s: float) -> Ticket | None:
         """Reserve blocks for the request; None without room."""
@@ -211,7 +215,8 @@ class Tickets:
                 self._forget(transfer_id)
 
     def committed(self, request: Request, message: KvFirstToken, opened: float, num_bytes: int) -> None:
-        new = self._engine.scheduler.commit(request, message.token, message.logprobs, message.cached_tokens)
+        cached = min(message.cached_tokens, request.num_given_tokens)
+        new = self._engine.scheduler.commit(request, message.token, message.logprobs, cached)
         self._on_commit(Arrival(new, time.monotonic() - opened, num_bytes))
 
     def lost(self, request: Request, code: FailureCode, reason: str) -> None:
@@ -243,9 +248,11 @@ class Tickets:
         while not self._stopping.wait(0.1):
             now = time.monotonic()
             with self._engine.lock:
-                for transfer_id in [t for t, opened in self._open.items() if opened.deadline < now]:
-                    lease_s = self._open[transfer_id].ticket.lease_s
-                    self._lose(transfer_id, "lease_expired", f"no progress for {lease_s:g} s")
+                for transfer_id, opened in list(self._open.items()):
+                    # The end of one may have ended another: who hears of it may do as he likes.
+                    if opened.deadline < now and self._open.get(transfer_id) is opened:
+                        reason = f"no progress for {opened.ticket.lease_s:g} s"
+                        self._lose(transfer_id, "lease_expired", reason)
 
 
 class _RequestLanding:
@@ -260,9 +267,15 @@ class _RequestLanding:
 
     def land(self, message: KvFirstToken | KvPrefix, opened: float, num_bytes: int) -> None:
         if not isinstance(message, KvFirstToken):
-            self.lose("transfer_failed", f"{type(message).__name__} for a request")
-            return
-        self._tickets.committed(self.request, message, opened, num_bytes)
+            self._refuse(f"{type(message).__name__} for a request")
+        elif not 0 <= message.token < self._tickets.vocab_size:
+            self._refuse(f"token {message.token} of a vocabulary of {self._tickets.vocab_size}")
+        else:
+            self._tickets.committed(self.request, message, opened, num_bytes)
+
+    def _refuse(self, reason: str) -> None:
+        self.lose("transfer_failed", reason)
+        raise TicketGone(reason)
 
     def lose(self, code: FailureCode, reason: str) -> None:
         self._tickets.lost(self.request, code, reason)

@@ -9,18 +9,19 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from tests.workers.transfer.pair import (
-    BLOCK,
     LAYOUT,
     SECRET,
     DecodeSide,
     PatternEngine,
     PrefillSide,
-    info,
+    at_rest,
+    until,
     work,
 )
 from workers.protocol.frames import (
@@ -35,25 +36,7 @@ from workers.protocol.frames import (
 )
 from workers.protocol.messages import KvBlocks, KvEndpoint, KvFirstToken, KvOpen, Ticket
 
-
-def until(condition: object, timeout_s: float = 10.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.005)
-
-
-def at_rest(d: DecodeSide, p: PrefillSide) -> None:
-    until(
-        lambda: (
-            len(p.handoffs) == 0 and not p.handoffs.holding and len(d.tickets) == 0 and not d.tickets.writing
-        )
-    )
-    for side in (d, p):
-        with side.engine.lock:
-            assert side.engine.scheduler.requests == {}
-            side.engine.pool.check()
-            assert side.engine.pool.num_referenced == 0
+pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
 
 @pytest.fixture(params=["shm", "shm-staged", "tcp", "tcp-staged"])
@@ -147,18 +130,18 @@ def test_a_queued_request_keeps_its_lease(pair: Pair) -> None:
 
 def test_a_request_that_queues_to_be_sent_keeps_its_lease() -> None:
     """The channel carries what one request has before it for longer than the lease of the next."""
-    d = DecodeSide(PatternEngine(64), ["shm"])
-    p = PrefillSide(PatternEngine(64), ["shm"], ring_memory=2 * LAYOUT.block_bytes, lease_s=0.4)
-    slow = d.engine.memory(staged=False)
+    engine = PatternEngine(64)
+    (quick,) = engine.memories(staged=False)
 
     class SlowMemory:
-        outgoing = slow.outgoing
+        device, shared = quick.device, quick.shared
 
-        def incoming(self, blocks: Sequence[int]) -> contextlib.AbstractContextManager[list[memoryview]]:
+        def pull(self, *piece: Any) -> None:
             time.sleep(0.05)
-            return slow.incoming(blocks)
+            quick.pull(*piece)
 
-    d.receiver._memory = SlowMemory()
+    d = DecodeSide(engine, ["shm"], memories=[SlowMemory()])
+    p = PrefillSide(PatternEngine(64), ["shm"], ring_memory=2 * LAYOUT.block_bytes, lease_s=0.4)
     for name in ("before", "after"):
         w = work(name, [len(name)] * 100)
         p.accept(w, d.reserve(w, lease_s=0.5))
@@ -202,12 +185,8 @@ def test_the_prefill_side_evicts_children_before_their_parents(pair: Pair) -> No
         for _ in range(rng.randrange(6)):
             p.step()
         if i % 3 == 0:
-            p.handoffs.cancel(w.request_id)
-            with p.engine.lock:
-                scheduler.cancel(w.request_id)
-            with d.engine.lock:
-                d.tickets.cancel(w.request_id)
-                d.engine.scheduler.cancel(w.request_id)
+            p.cancel(w.request_id)
+            d.cancel(w.request_id)
         with p.engine.lock:
             held = dict(pool.cached_hashes())
             assert set(held.values()) <= {*held, scheduler.hash_root}
@@ -233,14 +212,10 @@ def test_cancel_on_either_side_at_any_moment(pair: Pair) -> None:
         p.accept(w, ticket)
         if fate == 0:
             p.step()
-            p.handoffs.cancel(w.request_id)
-            with p.engine.lock:
-                p.engine.scheduler.cancel(w.request_id)
+            p.cancel(w.request_id)
         elif fate == 1:
             p.step()
-            d.tickets.cancel(w.request_id)
-            with d.engine.lock:
-                d.engine.scheduler.cancel(w.request_id)
+            d.cancel(w.request_id)
             d.lost[w.request_id] = "cancelled here"
         p.run()
     d.wait(*names)
@@ -411,7 +386,7 @@ def test_blocks_outside_are_refused(d: DecodeSide) -> None:
         assert not recv_frame(sock, kv_to_sender).ok
         assert d.lost[name] == "transfer_failed"
     assert d.engine.pool.num_referenced == 0
-    assert not d.engine.kv_cache.any(), "not a byte was written"
+    assert d.engine.untouched, "not a byte was written"
 
 
 def test_an_old_epoch_is_void(d: DecodeSide) -> None:
@@ -422,7 +397,7 @@ def test_an_old_epoch_is_void(d: DecodeSide) -> None:
     ack = recv_frame(sock, kv_to_sender)
     assert not ack.ok
     assert "epoch" in ack.reason
-    assert not d.engine.kv_cache.any()
+    assert d.engine.untouched
     assert len(d.tickets) == 1, "the ticket itself is untouched"
 
 
@@ -490,8 +465,6 @@ def test_many_at_once_from_two_prefill_sides(pair: Pair) -> None:
         thread.join(30)
     d.wait(*(w.request_id for w in works))
     assert all(d.committed.values())
-    assert LAYOUT.block_size == BLOCK
     at_rest(d, p)
     at_rest(d, q)
     q.stop()
-    assert info("d0", 1).worker_id == "d0"

@@ -31,7 +31,7 @@ def test_pieces_never_overlap_and_a_ring_that_drains_has_room(moves: list[int | 
             assert wrapped or used & set(range(num_bytes)), "there was room at the start"
             continue
         piece = range(at, at + num_bytes)
-        assert 0 <= piece.start
+        assert piece.start >= 0
         assert piece.stop <= SIZE
         assert not any(set(piece) & set(other) for other in taken)
         taken.append(piece)
