@@ -334,7 +334,8 @@ class KvWindow(Struct, frozen=True):
     """Memory of the sender that the receiver maps, read-only, and copies from.
 
     shm: its descriptor travels beside the frame (SCM_RIGHTS), and one of a page whose first u64 is 1 for as long as
-    what has been announced stays as it is. cuda_ipc: `handle` opens it.
+    what has been announced stays as it is. cuda_ipc: `handle` opens it, the page is as in shm. nccl: no memory, only the
+    bytes that its largest piece may have.
     """
 
     num_bytes: int
@@ -354,7 +355,7 @@ class KvOpen(Struct, frozen=True, tag="kvo"):
     rank: int = 0  # whose KV heads are sent
     ranks: int = 1
     compression: Compression = "none"
-    window: KvWindow | None = None  # shm, cuda_ipc
+    window: KvWindow | None = None  # not of tcp
     nccl_id: bytes = b""  # nccl: the unique id of the communicator to join
 
 

@@ -296,7 +296,7 @@ class DeviceBlocks:
         return self._layout.wire_bytes(len(blocks), num_layers, num_heads, compression)
 
     def _host(self, num_bytes: int) -> torch.Tensor:
-        with device_errors(f"{num_bytes} bytes of pinned memory"):
+        with device_errors(f"{num_bytes} bytes of pinned memory"), self._arriving.use():
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
 
     def _ids(self, blocks: Sequence[int]) -> torch.Tensor:
