@@ -94,6 +94,7 @@ class Engine:
         self.speculation = open_speculation(config, model, self.num_blocks)
         self.tiers: Tiers | None = None
         self.compute_token_s: float | None = None  # seconds to compute a prompt token, as measured lately
+        self.decode_step_s: float | None = None  # seconds of a step that only decodes, as measured lately
         self._prompt_tokens = 0
         self._output_tokens = 0
 
@@ -148,11 +149,15 @@ class Engine:
         return True
 
     def _observe_pace(self, plan: Plan, seconds: float) -> None:
-        """Of steps that mostly read prompts."""
-        if plan.num_tokens - plan.num_samples >= max(plan.num_samples, self.layout.block_size):
+        """Of steps that mostly read prompts, and of those that only decode."""
+        prompt_tokens = plan.num_tokens - plan.num_samples
+        if prompt_tokens >= max(plan.num_samples, self.layout.block_size):
             now = seconds / plan.num_tokens
             before = self.compute_token_s or now
             self.compute_token_s = before + 0.2 * (now - before)
+        elif prompt_tokens == 0:
+            before = self.decode_step_s or seconds
+            self.decode_step_s = before + 0.2 * (seconds - before)
 
     def _speculate(self, plan: Plan) -> Plan:
         drafts = self.speculation.propose(plan) if self.speculation is not None else {}
@@ -201,6 +206,8 @@ class Engine:
                 preemptions=scheduler.preemptions,
                 drafted_tokens=scheduler.drafted_tokens,
                 accepted_tokens=scheduler.accepted_tokens,
+                prefill_token_s=self.compute_token_s or 0.0,
+                decode_step_s=self.decode_step_s or 0.0,
             )
 
     def cached(self) -> list[Stored]:
