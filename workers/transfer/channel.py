@@ -126,16 +126,17 @@ def open_channel(
     memory: BlockMemory,
     layout: KvLayout,
     config: TransferConfig,
+    allowed: Sequence[RoadName],
     *,
     secret: bytes,
     peer_id: str,
 ) -> tuple[Channel, list[str]]:
     """The best road for a part, and why better ones were passed over.
 
-    `ranks`: of the sender; `memory`: of the rank that `part` names. Raises NoRoute, Incompatible, ProtocolError.
+    `ranks`: of the sender; `memory`: of the rank that `part` names; `allowed`: roads, best first. Raises NoRoute, Incompatible, ProtocolError.
     """
     endpoints = [endpoint for endpoint in address.endpoints if endpoint.rank == part.destination]
-    ways, passed_over = choices(config.channels, memory, endpoints, address.worker_id)
+    ways, passed_over = choices(allowed, memory, endpoints, address.worker_id)
     end = End(memory, layout, part.heads, part.source_heads(ranks, layout.num_kv_heads), config)
     compression = "none" if layout.dtype == "int8" else config.compression
     for road, endpoint in ways:
@@ -148,7 +149,7 @@ def open_channel(
     offered = ", ".join(sorted({e.kind for e in endpoints})) or "nothing"
     raise NoRoute(
         f"no channel to {address.worker_id}: it offers {offered}, transfer.channels here allows "
-        f"{', '.join(config.channels)}; {'; '.join(passed_over)}"
+        f"{', '.join(allowed)}; {'; '.join(passed_over)}"
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from workers.config import TransferConfig
 from workers.protocol.frames import ProtocolError
-from workers.protocol.messages import KvAck, KvLayout, PeerStatus
+from workers.protocol.messages import KvAck, KvLayout, PeerStatus, Road
 from workers.transfer.block_memory import BlockMemory
 from workers.transfer.channel import Address, Channel, open_channel
 from workers.transfer.outbox import Outbox
@@ -140,42 +140,43 @@ class Peer:
     # --- threads ----------------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        sender, config = self._sender, self._sender.config
+        config = self._sender.config
         try:
             for part in self.parts:
-                streams = 1
-                while streams > 0 and not self.dead:
-                    channel, passed_over = open_channel(
-                        self._address,
-                        part,
-                        len(sender.memories),
-                        sender.memories[part.source],
-                        sender.layout,
-                        config,
-                        secret=sender.secret,
-                        peer_id=sender.worker_id,
-                    )
-                    if streams == 1 and channel.road == "tcp" and not self._has_lane(part):
-                        streams = config.tcp_streams
-                    streams -= 1
-                    self._run(channel, part, passed_over)
-            with sender.lock:
+                road, self._passed_over = self._open_lane(part, config.channels)
+                if road == "tcp":
+                    for _ in range(config.tcp_streams - 1):
+                        self._open_lane(part, ["tcp"])  # what did not work for the first is not tried again
+            with self._sender.lock:
                 self._opened = True
         except Exception as error:  # noqa: BLE001 - whatever it was, those who wait are told
             self._fail(error)
 
-    def _has_lane(self, part: Part) -> bool:
-        return any(lane.outbox is self._outboxes[part] for lane in self._lanes)
+    def _open_lane(self, part: Part, allowed: Sequence[Road]) -> tuple[Road, list[str]]:
+        """Which road it is, and why better ones were passed over."""
+        sender = self._sender
+        channel, passed_over = open_channel(
+            self._address,
+            part,
+            len(sender.memories),
+            sender.memories[part.source],
+            sender.layout,
+            sender.config,
+            allowed,
+            secret=sender.secret,
+            peer_id=sender.worker_id,
+        )
+        self._run(channel, part)
+        return channel.road, passed_over
 
-    def _run(self, channel: Channel, part: Part, passed_over: list[str]) -> None:
+    def _run(self, channel: Channel, part: Part) -> None:
         lane = _Lane(channel, self._outboxes[part])
         with self._sender.lock:
             if self.dead:
                 channel.close()
                 channel.release()
-                return
+                raise ConnectionError("it was given up while it was opened")
             self._lanes.append(lane)
-            self._passed_over = passed_over
         for job, name in ((self._write, "send"), (self._read, "acks")):
             threading.Thread(
                 target=self._serve, args=(lane, job), name=f"kv-{name}-{self.worker_id}", daemon=True

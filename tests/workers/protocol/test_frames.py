@@ -26,6 +26,7 @@ from workers.protocol.frames import (
     to_worker,
 )
 from workers.protocol.messages import (
+    PROTOCOL_VERSION,
     Cancel,
     Challenge,
     Hello,
@@ -166,14 +167,14 @@ def test_a_proof_is_good_for_one_nonce_and_one_side() -> None:
     assert isinstance(judge_hello(SECRET, second, hello, info("d0", 5)), Refused)
     reflected = Welcome(proof=hello.proof, info=info("d0", 5))
     with pytest.raises(ProtocolError):
-        check_welcome(SECRET, Hello(1, "r", hello.proof, first.nonce), reflected)
+        check_welcome(SECRET, Hello(PROTOCOL_VERSION, "r", hello.proof, first.nonce), reflected)
 
 
 def test_versions_and_shapes() -> None:
     with pytest.raises(ProtocolError, match="speaks protocol 99"):
         answer_challenge(SECRET, Challenge(99, b"n" * 32), "r")
     with pytest.raises(ProtocolError, match="malformed"):
-        answer_challenge(SECRET, Challenge(1, b""), "r")
+        answer_challenge(SECRET, Challenge(PROTOCOL_VERSION, b""), "r")
     with pytest.raises(ProtocolError, match="expected a challenge"):
         answer_challenge(SECRET, Cancel("x"), "r")
     challenge = new_challenge()
