@@ -188,8 +188,8 @@ class Load(Struct, frozen=True):
     preemptions: int = 0  # since start
     drafted_tokens: int = 0  # since start: guessed by speculation and verified
     accepted_tokens: int = 0  # since start: of these, right
-    prefill_token_s: float = 0.0  # seconds to compute one prompt token, as measured lately; 0: not measured yet
-    decode_step_s: float = 0.0  # seconds of a step that only decodes, as measured lately; 0: not measured yet
+    prefill_token_s: float = 0.0  # seconds to compute a prompt token, measured lately; 0: not measured yet
+    decode_step_s: float = 0.0  # seconds of a step that only decodes, measured lately; 0: not measured yet
     peers: dict[str, PeerStatus] = {}  # by worker_id: those that this worker sends blocks to
 
 

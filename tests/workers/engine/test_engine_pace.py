@@ -22,7 +22,7 @@ def test_steps_that_read_prompts_and_steps_that_decode_are_measured_apart(
     run = engine.runner.run
 
     def slowly(step_input):  # 2 ms for each token of the step
-        now[0] += 0.002 * len(step_input.token_ids)
+        now[0] += 0.002 * len(step_input.arrays.token_ids)
         return run(step_input)
 
     monkeypatch.setattr("workers.engine.engine.time.perf_counter", lambda: now[0])
