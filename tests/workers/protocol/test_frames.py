@@ -179,6 +179,6 @@ def test_versions_and_shapes() -> None:
         answer_challenge(SECRET, Cancel("x"), "r")
     challenge = new_challenge()
     assert "expected hello" in judge_hello(SECRET, challenge, Cancel("x"), info("d0", 5)).reason  # type: ignore[union-attr]
-    assert "protocol 2" in judge_hello(SECRET, challenge, Hello(2, "", b"", b""), info("d0", 5)).reason  # type: ignore[union-attr]
+    assert "protocol 99" in judge_hello(SECRET, challenge, Hello(99, "", b"", b""), info("d0", 5)).reason  # type: ignore[union-attr]
     with pytest.raises(ProtocolError, match="refused by the worker: no"):
         check_welcome(SECRET, answer_challenge(SECRET, challenge, "r"), Refused("no"))
