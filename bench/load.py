@@ -64,7 +64,26 @@ class Timed:
     prompt_tokens: int | None = None  # as the server counted them
     ended: float = 0.0
     text: str = ""
+    token_ids: list[int] = field(default_factory=list)  # where the server tells them
     error: str = ""
+
+    def take(self, event: dict[str, Any], now: float) -> None:
+        """An event of the stream, of completions or chat, that came at `now`."""
+        if event.get("error"):
+            self.error = str(event["error"])
+            return
+        for choice in event.get("choices") or ():
+            token_ids, text = choice.get("token_ids"), choice.get("text")
+            if delta := choice.get("delta"):
+                text = delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning")
+            if token_ids or text:
+                self.arrivals.append(now)
+                self.tokens += len(token_ids) if token_ids else 1
+                self.text += text or ""
+                self.token_ids += token_ids or ()
+        if usage := event.get("usage"):
+            self.tokens = usage["completion_tokens"]
+            self.prompt_tokens = usage["prompt_tokens"]
 
     @property
     def ttft(self) -> float:
@@ -163,7 +182,7 @@ async def ask(
                 return timed
             async for line in answer.aiter_lines():
                 if line.startswith("data: {"):
-                    _take(timed, json.loads(line[6:]))
+                    timed.take(json.loads(line[6:]), time.perf_counter())
     except httpx.HTTPError as error:
         timed.error = f"{type(error).__name__}: {error}"
     timed.ended = time.perf_counter()
@@ -172,22 +191,6 @@ async def ask(
     if not timed.error and not timed.arrivals:
         timed.arrivals.append(timed.ended)  # all its text was held back to the end
     return timed
-
-
-def _take(timed: Timed, event: dict[str, Any]) -> None:
-    if event.get("error"):
-        timed.error = str(event["error"])
-        return
-    now = time.perf_counter()
-    for choice in event.get("choices") or ():
-        token_ids, text = choice.get("token_ids"), choice.get("text")
-        if token_ids or text:
-            timed.arrivals.append(now)
-            timed.tokens += len(token_ids) if token_ids else 1
-            timed.text += text or ""
-    if usage := event.get("usage"):
-        timed.tokens = usage["completion_tokens"]
-        timed.prompt_tokens = usage["prompt_tokens"]
 
 
 async def text_tokens(client: httpx.AsyncClient, model: str) -> list[int]:

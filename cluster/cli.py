@@ -31,6 +31,7 @@ _BENCHMARKS = {
     "engine": "bench.engine",
     "compare": "bench.compare",
     "transfer": "bench.transfer",
+    "serve": "bench.serve",
 }
 _DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -256,7 +257,8 @@ def bench(
     what: Annotated[str, typer.Argument(help=", ".join(_BENCHMARKS))],
     arguments: Annotated[list[str] | None, typer.Argument(help="Its own options; --help lists them.")] = None,
 ) -> None:
-    """Measure: main (`headrace serve` as users start it), engine (no HTTP), transfer (KV blocks), compare (with others)."""
+    """Measure: main (`headrace serve` as users start it), engine (no HTTP), transfer (KV blocks), compare (with others),
+    serve (load for any server)."""
     if what not in _BENCHMARKS:
         _refuse(f"there is no benchmark {what!r}; there are {', '.join(_BENCHMARKS)}")
     # A process of its own, since nothing here may import the benchmarks; it takes the place of this one.
