@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from pydantic import AfterValidator, ByteSize, Field
@@ -43,13 +44,32 @@ class TierCredit(Section):
     )
 
 
-class PolicyConfig(Section):
-    """Weights of the cost of a worker, in tokens of work (router/policy.py)."""
+POLICY_NAMES = ("cost", "round_robin", "random", "least_loaded", "power_of_two", "prefix_only")
 
+
+def _policy_name(name: str) -> str:
+    if name not in POLICY_NAMES and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+        raise ValueError(f"must be one of {', '.join(POLICY_NAMES)}, or module:Class of your own")
+    return name
+
+
+class PolicyConfig(Section):
+    """Which policy chooses workers, and the weights of `cost`, in tokens of work (router/policies/cost.py)."""
+
+    name: Annotated[str, AfterValidator(_policy_name)] = Field(
+        "cost",
+        description="cost, round_robin, random, least_loaded, power_of_two, prefix_only, or module:Class",
+    )
     local_prefill_max: int = Field(
         64,
         ge=0,
         description="a prompt with at most this many uncached tokens is prefilled by the decode worker",
+    )
+    local_prefill_stall_s: float = Field(
+        0.1,
+        ge=0,
+        description="when prefill workers are behind, a decode worker reads longer prompts itself, "
+        "as long as that holds up its running streams by no more than this many seconds",
     )
     cache_credit: float = Field(1.0, ge=0, le=1, description="how much a cached token lowers the cost")
     tier_credit: TierCredit = TierCredit()
@@ -61,6 +81,17 @@ class PolicyConfig(Section):
     decode_block_weight: float = Field(
         1.0, ge=0, description="cost of one KV block in use on a decode worker"
     )
+    heat_limit: float | None = Field(
+        2.0,
+        gt=1,
+        description="a worker with this many times the mean requests of its pool gets no credit for what it has "
+        "cached; null: credit does not depend on load",
+    )
+    heat_window_s: float = Field(10.0, gt=0, description="seconds over which these requests are averaged")
+    host_bytes_per_s: float = Field(
+        4e9, gt=0, description="rate of KV blocks between workers of one host, until it is measured"
+    )
+    network_bytes_per_s: float = Field(1e9, gt=0, description="the same between hosts")
 
 
 class AdmissionConfig(Section):

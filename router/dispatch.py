@@ -12,7 +12,7 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-from router.admission import Admission, Turn
+from router.admission.turns import Admission, Turn
 from router.attempt import Attempt, AttemptFailed
 from router.config import RouterConfig
 from router.discovery import Discovery
@@ -21,9 +21,11 @@ from router.fleet import Fleet
 from router.generation import Generation, InvalidRequest, ModelInfo, TokenChunk, Unavailable
 from router.load import LoadBook
 from router.member_status import describe
-from router.policy import Choice, Demand, Policy, Score
+from router.policies import open_policy
+from router.policy import Choice, Demand, Score, fetch_from
 from router.prefix_index import PrefixIndex
 from router.request import Request
+from router.roster import Sorts
 from router.worker_link import LinkDown, WorkerLink
 from workers.protocol.messages import PrefixHolder, StatusReply, Ticket
 
@@ -54,10 +56,11 @@ class Dispatcher:
     ) -> None:
         self.router_id = router_id or uuid.uuid4().hex[:8]
         self.metrics = metrics or default_metrics()
-        self.book = LoadBook()
+        self.book = LoadBook(window_s=config.policy.heat_window_s)
         self.index = PrefixIndex()
         self.admission = Admission(config.admission)
-        self._policy = Policy(config.policy, rng or random.Random())
+        self._policy = open_policy(config.policy, rng or random.Random())
+        self._fetch_min_tokens = config.policy.fetch_min_tokens
         self.fleet = Fleet(
             secret=secret.encode(),
             router_id=self.router_id,
@@ -66,6 +69,7 @@ class Dispatcher:
             book=self.book,
             on_room=self.admission.room,
             on_late=self.metrics.late_messages.inc,
+            standing=self._policy.standing if isinstance(self._policy, Sorts) else None,
         )
         self.discovery = Discovery(
             redis_url, cluster, fleet=self.fleet, index=self.index, metrics=self.metrics, poll_s=poll_s
@@ -163,14 +167,19 @@ class Dispatcher:
     async def _wait(self, request: Request, turn: Turn) -> None:
         """For room; or, when workers have room but this request must leave them alone, for that to end."""
         views = self.fleet.views(request.hash_root)
-        excluded = [view.worker_id for view in views if view.role == "decode"]
+        excluded = [view.worker_id for _, view in views.ranked("decode")]
         if excluded:
             await turn.step_aside(request.excluded_for_s(excluded, time.monotonic()))
         else:
             await turn.no_room()
 
     def _demand(self, request: Request) -> Demand:
-        return Demand(request.num_tokens, request.block_size, self.index.match(request.hashes()))
+        return Demand(
+            request.num_tokens,
+            request.block_size,
+            self.index.match(request.hashes()),
+            request.token_bytes,
+        )
 
     def _book(self, request: Request, choice: Choice) -> Attempt:
         decode = self.fleet.link(choice.decode.worker_id)
@@ -189,7 +198,10 @@ class Dispatcher:
         return attempt
 
     def _book_prefill(self, attempt: Attempt, score: Score) -> None:
-        attempt.book_prefill(self.book.book(score.worker_id, prefill_tokens=score.uncached_tokens))
+        elsewhere = score.worker_id != attempt.decode.worker_id
+        attempt.book_prefill(
+            self.book.book(score.worker_id, prefill_tokens=score.uncached_tokens, requests=int(elsewhere))
+        )
 
     def _placed(self, request: Request, turn: Turn) -> None:
         turn.leave(placed=True)
@@ -224,8 +236,11 @@ class Dispatcher:
 
     def _holder(self, demand: Demand, link: WorkerLink) -> PrefixHolder | None:
         """Who has a much longer prefix than the worker behind this link."""
-        found = self._policy.fetch_from(
-            demand, link.worker_id, lambda worker_id: self.fleet.link(worker_id) is not None
+        found = fetch_from(
+            demand,
+            link.worker_id,
+            lambda worker_id: self.fleet.link(worker_id) is not None,
+            self._fetch_min_tokens,
         )
         if found is None:
             return None

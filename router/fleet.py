@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from router.generation import ModelInfo
 from router.load import LoadBook
-from router.policy import WorkerView
+from router.roster import Roster, Standing, Usable
 from router.worker_link import LinkDown, WorkerLink
 from workers.protocol.messages import Load, WorkerInfo
 
@@ -56,8 +56,10 @@ class Fleet:
         grace_s: float = 5.0,
         on_room: Callable[[int], None] = lambda free_blocks: None,
         on_late: Callable[[], None] = lambda: None,
+        standing: Standing | None = None,
         rng: random.Random | None = None,
     ) -> None:
+        """`standing`: what the policy sorts workers by."""
         self._secret = secret
         self._router_id = router_id
         self._heartbeat_s = heartbeat_s
@@ -67,6 +69,7 @@ class Fleet:
         self._on_room = on_room
         self._on_late = on_late
         self._rng = rng or random.Random()
+        self._roster = Roster(book, standing, self._rng)
         self._members: dict[str, Member] = {}
         self._last_epochs: dict[str, int] = {}  # of everyone ever seen: an old life must not come back
 
@@ -108,6 +111,7 @@ class Fleet:
             )
         member = Member(info=info, link=self._new_link(info))
         self._members[info.worker_id] = member
+        self._roster.enlist(info)
         self._last_epochs[info.worker_id] = info.epoch
         member.keeper = asyncio.create_task(self._keep(member))
 
@@ -117,6 +121,7 @@ class Fleet:
         if member.keeper is not None:
             member.keeper.cancel()
         member.link.close(reason)
+        self._roster.strike(worker_id)
         self._book.forget(worker_id)
 
     async def close(self) -> None:
@@ -192,15 +197,13 @@ class Fleet:
     def ready(self) -> bool:
         return any(m.info.role == "decode" and m.state == "up" for m in self._members.values())
 
-    def views(self, hash_root: bytes) -> list[WorkerView]:
+    def views(self, hash_root: bytes) -> Usable:
         """Workers of this model that can be given work now."""
-        return [
-            WorkerView(
-                worker_id=worker_id,
-                role=member.info.role,
-                queued_prefill_tokens=self._book.queued_prefill_tokens(worker_id),
-                active_blocks=self._book.active_blocks(worker_id),
-            )
-            for worker_id, member in self._members.items()
-            if member.state == "up" and not member.link.busy and member.info.hash_root == hash_root
-        ]
+        return self._roster.views(hash_root, self._is_usable)
+
+    def _is_usable(self, worker_id: str) -> bool:
+        member = self._members.get(worker_id)
+        if member is None:
+            return False
+        link = member.link
+        return link.state == "up" and not (link.busy or link.draining or member.leaving)

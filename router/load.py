@@ -10,9 +10,16 @@ where the first term is what other replicas have there.
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from workers.protocol.messages import Load
+
+_SAME_PACE = (
+    0.15  # a pace that differs by less is the same: policies sort by it, and measuring is never quiet
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,35 +32,75 @@ class Booked:
 
 
 @dataclass(slots=True)
-class _Account:
+class Account:
+    """What is known of the load of one life of one worker."""
+
     prefill_tokens: int = 0
     decode_blocks: int = 0
     requests: int = 0
     reported: Load = field(default_factory=Load)
     at_report: Booked = field(default_factory=Booked)
+    prefill_token_s: float = 0.0  # as reported, small changes left out
+    decode_step_s: float = 0.0
+    _recent: float = 0.0  # time average of `requests`, as of `_since`
+    _since: float = 0.0
 
     def booked(self) -> Booked:
         return Booked(self.prefill_tokens, self.decode_blocks, self.requests)
+
+    @property
+    def queued_prefill_tokens(self) -> int:
+        """Prompt tokens that wait to be computed there, now."""
+        others = self.reported.queued_prefill_tokens - self.at_report.prefill_tokens
+        return max(others, 0) + self.prefill_tokens
+
+    @property
+    def active_blocks(self) -> int:
+        """KV blocks in use there, now."""
+        return max(self.reported.active_blocks - self.at_report.decode_blocks, 0) + self.decode_blocks
+
+    def recent_requests(self, now: float, window_s: float) -> float:
+        """Requests of ours in flight there: the time average, older times weighing exponentially less."""
+        self._recent = self.requests + (self._recent - self.requests) * math.exp(
+            (self._since - now) / window_s
+        )
+        self._since = now
+        return self._recent
+
+    def hear(self, load: Load) -> None:
+        self.reported = load
+        self.at_report = self.booked()
+        self.prefill_token_s = _steady(self.prefill_token_s, load.prefill_token_s)
+        self.decode_step_s = _steady(self.decode_step_s, load.decode_step_s)
+
+
+def _steady(known: float, reported: float) -> float:
+    return known if reported <= 0 or abs(reported - known) <= _SAME_PACE * known else reported
 
 
 class Booking:
     """One entry of the book. Whoever made it releases it, once."""
 
-    __slots__ = ("_account", "_book", "decode_blocks", "prefill_tokens", "released", "worker_id")
+    __slots__ = ("_account", "_book", "decode_blocks", "prefill_tokens", "released", "requests", "worker_id")
 
     def __init__(
-        self, book: LoadBook, worker_id: str, account: _Account, prefill_tokens: int, decode_blocks: int
+        self,
+        book: LoadBook,
+        worker_id: str,
+        account: Account,
+        prefill_tokens: int,
+        decode_blocks: int,
+        requests: int,
     ) -> None:
         self.worker_id = worker_id
         self.prefill_tokens = prefill_tokens
         self.decode_blocks = decode_blocks
+        self.requests = requests
         self.released = False
         self._book = book
         self._account = account
         book.num_open += 1
-        account.prefill_tokens += prefill_tokens
-        account.decode_blocks += decode_blocks
-        account.requests += 1
+        self._add(1)
 
     def release(self) -> None:
         """Raises RuntimeError the second time: a double release would hide load from the policy for ever."""
@@ -61,51 +108,64 @@ class Booking:
             raise RuntimeError(f"booking on {self.worker_id} released twice")
         self.released = True
         self._book.num_open -= 1
-        self._account.prefill_tokens -= self.prefill_tokens
-        self._account.decode_blocks -= self.decode_blocks
-        self._account.requests -= 1
+        self._add(-1)
+
+    def _add(self, sign: int) -> None:
+        account, book = self._account, self._book
+        account.recent_requests(book.clock(), book.window_s)  # up to now with what there was until now
+        account.prefill_tokens += sign * self.prefill_tokens
+        account.decode_blocks += sign * self.decode_blocks
+        account.requests += sign * self.requests
+        book.on_change(self.worker_id)
 
 
 class LoadBook:
-    """Reports and bookings by worker. Pure; not thread-safe."""
+    """Reports and bookings by worker. Pure but for its clock; not thread-safe."""
 
-    def __init__(self) -> None:
-        self._accounts: dict[str, _Account] = {}
+    def __init__(self, clock: Callable[[], float] = time.monotonic, window_s: float = 10.0) -> None:
+        """`window_s`: how far back `recent_requests` looks."""
+        self.clock = clock
+        self.window_s = window_s
         self.num_open = 0  # bookings not yet released, on workers that are gone too; zero at rest
+        self.on_change: Callable[[str], None] = lambda worker_id: (
+            None
+        )  # the load of this worker is another one now
+        self._accounts: dict[str, Account] = {}
 
-    def book(self, worker_id: str, *, prefill_tokens: int = 0, decode_blocks: int = 0) -> Booking:
-        return Booking(self, worker_id, self._account(worker_id), prefill_tokens, decode_blocks)
+    def book(
+        self, worker_id: str, *, prefill_tokens: int = 0, decode_blocks: int = 0, requests: int = 1
+    ) -> Booking:
+        """`requests`: 0 for more work of a request that is booked there already."""
+        return Booking(self, worker_id, self._account(worker_id), prefill_tokens, decode_blocks, requests)
 
     def report(self, worker_id: str, load: Load) -> None:
         """A heartbeat came in."""
-        account = self._account(worker_id)
-        account.reported = load
-        account.at_report = account.booked()
+        self._account(worker_id).hear(load)
+        self.on_change(worker_id)
 
     def forget(self, worker_id: str) -> None:
         """The worker is gone. Bookings that are still open keep their account and are released as ever."""
         self._accounts.pop(worker_id, None)
+        self.on_change(worker_id)
+
+    def account(self, worker_id: str) -> Account:
+        """To be read, not kept: the worker's next life has another one."""
+        return self._accounts.get(worker_id) or Account()
 
     def booked(self, worker_id: str) -> Booked:
-        account = self._accounts.get(worker_id)
-        return Booked() if account is None else account.booked()
+        return self.account(worker_id).booked()
 
     def queued_prefill_tokens(self, worker_id: str) -> int:
-        """Prompt tokens that wait to be computed there, now."""
-        account = self._accounts.get(worker_id)
-        if account is None:
-            return 0
-        others = account.reported.queued_prefill_tokens - account.at_report.prefill_tokens
-        return max(others, 0) + account.prefill_tokens
+        return self.account(worker_id).queued_prefill_tokens
 
     def active_blocks(self, worker_id: str) -> int:
-        """KV blocks in use there, now."""
+        return self.account(worker_id).active_blocks
+
+    def recent_requests(self, worker_id: str) -> float:
+        return self.account(worker_id).recent_requests(self.clock(), self.window_s)
+
+    def _account(self, worker_id: str) -> Account:
         account = self._accounts.get(worker_id)
         if account is None:
-            return 0
-        return (
-            max(account.reported.active_blocks - account.at_report.decode_blocks, 0) + account.decode_blocks
-        )
-
-    def _account(self, worker_id: str) -> _Account:
-        return self._accounts.setdefault(worker_id, _Account())
+            account = self._accounts[worker_id] = Account(_since=self.clock())
+        return account

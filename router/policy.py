@@ -1,41 +1,36 @@
-"""Where a request goes: the cost of each worker, and the cheapest pair of a decode and a prefill worker.
+"""Where a request goes: what a policy is asked, what it sees, and what it answers.
 
-Pure: frozen inputs, an injected random source for ties, no clock. Costs are in tokens of work (DESIGN §7):
-
-    decode share   = queued_prefill + prompt − credit·cached + decode_weight·active_blocks     of D
-    prefill share  = queued_prefill + prompt − credit·cached                                   of P
-
-`credit` is less where cached blocks lie in a slower tier and have to be loaded first (`policy.tier_credit`); whether
-they are uncached, that is have to be computed, is another question: they are not. A prefix that is longer on another worker
-can be fetched from there; how far that pays the worker judges, who has measured the way.
-
-A pair costs the sum of both shares. A D that can prefill what it lacks by itself (at most `local_prefill_max`
-tokens, or because there is no prefill worker) needs no P and costs only its own share.
+A policy is pure: frozen inputs, an injected random source, no clock and no network. Those that there are stand in
+`router/policies/`; `router.policy.name` chooses one of them, or one of your own (docs/routing.md).
 """
 
 from __future__ import annotations
 
-import heapq
-import random
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from router.config import PolicyConfig
 from router.prefix_index import CachedPrefix
-from workers.protocol.messages import Role
+from workers.protocol.messages import PeerStatus, Role
 
-_NOTHING = CachedPrefix(0)
 PREFILL_EVERYTHING = 2**31 - 1  # as Reserve.local_prefill_max: there is no prefill worker
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerView:
-    """What the policy sees of a worker. Both figures are of now (router/load.py: LoadBook)."""
+    """What the policy sees of a worker. The figures are of now (router/load.py: LoadBook)."""
 
     worker_id: str
     role: Role
     queued_prefill_tokens: int
     active_blocks: int
+    recent_requests: float = (
+        0.0  # in flight there on the time average of the last seconds, of this router's own
+    )
+    prefill_token_s: float = 0.0  # seconds to compute a prompt token, as the worker measured; 0: not known
+    decode_step_s: float = 0.0  # seconds of a step that only decodes; 0: not known
+    host: str = ""  # where it runs; "": not known
+    peers: Mapping[str, PeerStatus] = field(default_factory=dict)  # ways to those it sends blocks to
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +40,15 @@ class Demand:
     prompt_tokens: int  # to be in the KV cache before the next token; a resumed request's output included
     block_size: int
     cached_blocks: Mapping[str, CachedPrefix]  # worker -> longest cached prefix (PrefixIndex.match)
+    token_bytes: int = 0  # of one token's KV on the wire; 0: not known, hand-overs weigh nothing
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One candidate and why it costs what it costs, in tokens of work."""
+    """One candidate and why it costs what it costs: cost = queued + prompt − credit + decode, in tokens of work.
+
+    A token of work is one prompt token on the fastest worker that there is.
+    """
 
     worker_id: str
     role: Role
@@ -58,114 +57,75 @@ class Score:
     uncached_tokens: int
     active_blocks: int
     cost: float
+    queued: float = 0.0  # work that waits there already
+    prompt: float = 0.0  # work of this request, if nothing were cached
+    credit: float = 0.0  # of that, what its cache saves, or what it can fetch
+    decode: float = 0.0  # what running streams cost a new one
+    heat: float = 0.0  # recent load over the mean of its pool; above 1 it has shrunk the credit
+    pace: float = 1.0  # how many times slower it computes than the fastest
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """`prefill` is None when D prefills by itself. `scores` holds every candidate, cheapest first, D's before P's."""
+    """`prefill` is None when D prefills by itself. `scores` holds the candidates that were weighed, cheapest first,
+    D's before P's: everybody whom the policy could not rule out unseen."""
 
     decode: Score
     prefill: Score | None
     local_prefill_max: int  # tokens; what to tell D in Reserve
     scores: tuple[Score, ...]
     demand: Demand
+    distance: float = 0.0  # cost of the hand-over from P to D, in tokens of work
+
+    @property
+    def cost(self) -> float:
+        """Of the pair."""
+        return self.decode.cost + (0.0 if self.prefill is None else self.prefill.cost + self.distance)
 
 
-class Policy:
-    def __init__(self, config: PolicyConfig, rng: random.Random) -> None:
-        self._config = config
-        self._rng = rng
+class Policy(Protocol):
+    """`exclude` are workers that this request must leave alone."""
 
     def choose(
         self, demand: Demand, views: Iterable[WorkerView], exclude: Collection[str] = ()
     ) -> Choice | None:
-        """The cheapest pair. None: no decode worker is left to choose from."""
-        longest = self._longest(demand)
-        scores = [self._score(demand, view, longest) for view in views if view.worker_id not in exclude]
-        decodes = [score for score in scores if score.role == "decode"]
-        if not decodes:
-            return None
-        prefill = self._cheapest([score for score in scores if score.role == "prefill"])
-        local_max = PREFILL_EVERYTHING if prefill is None else self._config.local_prefill_max
-        prefill_cost = 0.0 if prefill is None else prefill.cost
-        totals = [d.cost + (prefill_cost if d.uncached_tokens > local_max else 0.0) for d in decodes]
-        decode = self._pick(decodes, totals)
-        return Choice(
-            decode=decode,
-            prefill=prefill if decode.uncached_tokens > local_max else None,
-            local_prefill_max=local_max,
-            scores=tuple(sorted(scores, key=lambda score: (score.role, score.cost))),
-            demand=demand,
-        )
+        """A decode worker, and a prefill worker unless D does it all. None: no decode worker is left."""
 
     def choose_prefill(
         self, demand: Demand, views: Iterable[WorkerView], exclude: Collection[str] = ()
     ) -> Score | None:
-        """The cheapest prefill worker, for a D that turned out to need one. None: there is none."""
-        longest = self._longest(demand)
-        return self._cheapest(
-            [
-                self._score(demand, view, longest)
-                for view in views
-                if view.role == "prefill" and view.worker_id not in exclude
-            ]
-        )
+        """A prefill worker, for a D that turned out to need one. None: there is none."""
 
-    def fetch_from(
-        self, demand: Demand, worker_id: str, reachable: Callable[[str], bool]
-    ) -> tuple[str, int] | None:
-        """Another worker whose cached prefix is much longer than this one's, and its length in blocks."""
-        own = demand.cached_blocks.get(worker_id, _NOTHING).blocks
-        others = [
-            (prefix.device, other)
-            for other, prefix in demand.cached_blocks.items()
-            if other != worker_id and reachable(other)
-        ]
-        blocks, other = max(others, default=(0, ""))
-        if (blocks - own) * demand.block_size < self._config.fetch_min_tokens:
-            return None
-        return other, blocks
 
-    @staticmethod
-    def _longest(demand: Demand) -> list[tuple[int, str]]:
-        """The two longest prefixes in a KV cache: that of the second is what the first could fetch."""
-        found = ((prefix.device, worker_id) for worker_id, prefix in demand.cached_blocks.items())
-        return heapq.nlargest(2, found)
+def plain_score(demand: Demand, view: WorkerView, cost: float = 0.0) -> Score:
+    """A score with the facts of a candidate and somebody's own idea of its cost."""
+    prefix = demand.cached_blocks.get(view.worker_id)
+    cached = 0 if prefix is None else min(prefix.blocks * demand.block_size, demand.prompt_tokens)
+    return Score(
+        worker_id=view.worker_id,
+        role=view.role,
+        queued_prefill_tokens=view.queued_prefill_tokens,
+        cached_tokens=cached,
+        uncached_tokens=demand.prompt_tokens - cached,
+        active_blocks=view.active_blocks,
+        cost=cost,
+    )
 
-    def _score(self, demand: Demand, view: WorkerView, longest: list[tuple[int, str]]) -> Score:
-        prefix = demand.cached_blocks.get(view.worker_id, _NOTHING)
-        cached = min(prefix.blocks * demand.block_size, demand.prompt_tokens)
-        saved = cached * self._config.cache_credit * self._worth(prefix)
-        elsewhere = next((blocks for blocks, other in longest if other != view.worker_id), 0)
-        fetchable = min(elsewhere * demand.block_size, demand.prompt_tokens) - cached
-        if fetchable >= self._config.fetch_min_tokens:
-            saved += fetchable * self._config.cache_credit * self._config.tier_credit.remote
-        cost = view.queued_prefill_tokens + demand.prompt_tokens - saved
-        if view.role == "decode":
-            cost += self._config.decode_block_weight * view.active_blocks
-        return Score(
-            worker_id=view.worker_id,
-            role=view.role,
-            queued_prefill_tokens=view.queued_prefill_tokens,
-            cached_tokens=cached,
-            uncached_tokens=demand.prompt_tokens - cached,
-            active_blocks=view.active_blocks,
-            cost=cost,
-        )
 
-    def _worth(self, prefix: CachedPrefix) -> float:
-        """Of a cached token, on the average over the tiers that the prefix lies in."""
-        credit = self._config.tier_credit
-        if prefix.device == prefix.blocks:
-            return credit.device
-        worth = credit.device * prefix.device + credit.host * prefix.host + credit.disk * prefix.disk
-        return worth / prefix.blocks
+def fetch_from(
+    demand: Demand, worker_id: str, reachable: Callable[[str], bool], min_tokens: int
+) -> tuple[str, int] | None:
+    """Another worker whose cached prefix is at least `min_tokens` longer than this one's, and its length in blocks.
 
-    def _cheapest(self, scores: Sequence[Score]) -> Score | None:
-        return self._pick(scores, [score.cost for score in scores]) if scores else None
-
-    def _pick(self, scores: Sequence[Score], costs: Sequence[float]) -> Score:
-        """Of the cheapest, any: replicas that see the same must not all go to the same worker."""
-        lowest = min(costs)
-        best = [score for score, cost in zip(scores, costs, strict=True) if cost == lowest]
-        return best[0] if len(best) == 1 else self._rng.choice(best)
+    How far it pays to fetch it the worker judges, who has measured the way.
+    """
+    own = demand.cached_blocks.get(worker_id)
+    least = (0 if own is None else own.blocks) + min_tokens / demand.block_size
+    best: tuple[int, str] | None = None
+    for other, prefix in demand.cached_blocks.items():
+        blocks = prefix.blocks if not (prefix.host or prefix.disk) else prefix.device
+        if blocks < least or other == worker_id or (best is not None and (blocks, other) < best):
+            continue
+        if reachable(other):
+            best = (blocks, other)
+    return None if best is None else (best[1], best[0])

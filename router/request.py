@@ -22,6 +22,7 @@ class Request:
     avoided: dict[str, float] = field(default_factory=dict)  # the same, but better than nobody
     hash_root: bytes = b""  # of the model it started on, it never goes on with another; empty: none known yet
     block_size: int = 0
+    token_bytes: int = 0  # of one token's KV on the wire
     _tokens: list[int] = field(default_factory=list)  # prompt + output
     _hashes: list[bytes] = field(default_factory=list)
 
@@ -43,6 +44,7 @@ class Request:
         if not self.hash_root:
             self.hash_root = reference.hash_root
             self.block_size = reference.layout.block_size
+            self.token_bytes = reference.layout.block_bytes // self.block_size
 
     def hashes(self) -> list[bytes]:
         """Of the full blocks of prompt + output; extended as tokens come."""

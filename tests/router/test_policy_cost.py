@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.config import PolicyConfig
-from router.policy import PREFILL_EVERYTHING, Demand, Policy, WorkerView
+from router.policies.cost import CostPolicy
+from router.policy import PREFILL_EVERYTHING, Demand, WorkerView, fetch_from
 from router.prefix_index import CachedPrefix
 
 
@@ -19,8 +20,8 @@ def prefill(worker_id: str, queued: int = 0) -> WorkerView:
     return WorkerView(worker_id, "prefill", queued, 0)
 
 
-def policy(**settings) -> Policy:
-    return Policy(PolicyConfig(**settings), random.Random(1))
+def policy(**settings) -> CostPolicy:
+    return CostPolicy(PolicyConfig(**settings), random.Random(1))
 
 
 def demand(prompt: int = 1000, **cached_blocks: int | CachedPrefix) -> Demand:
@@ -81,7 +82,8 @@ def test_more_cached_than_the_prompt_is_worth_the_prompt():
 def test_slower_tiers_are_worth_less_but_are_cached_all_the_same():
     views = [decode("d"), decode("h"), decode("k"), prefill("p")]
     held = {"d": CachedPrefix(40), "h": CachedPrefix(40, host=30), "k": CachedPrefix(40, host=10, disk=20)}
-    choice = policy(cache_credit=0.5, local_prefill_max=500).choose(demand(1000, **held), views)
+    alone = policy(cache_credit=0.5, local_prefill_max=500, tier_credit={"remote": 0})
+    choice = alone.choose(demand(1000, **held), views)
     cost = {score.worker_id: score.cost for score in choice.scores}
     assert cost["d"] == 1000 - 0.5 * 16 * 40
     assert cost["h"] == 1000 - 0.5 * 16 * (10 + 0.75 * 30)
@@ -90,7 +92,7 @@ def test_slower_tiers_are_worth_less_but_are_cached_all_the_same():
     # What has to be loaded first need not be computed: no prefill worker, although the credit is small.
     only_disk = demand(1024, k=CachedPrefix(60, disk=60))
     assert policy(local_prefill_max=64).choose(only_disk, [decode("k"), prefill("p")]).prefill is None
-    equal = policy(tier_credit={"host": 1, "disk": 1}).choose(demand(1000, **held), views)
+    equal = policy(tier_credit={"host": 1, "disk": 1, "remote": 0}).choose(demand(1000, **held), views)
     assert len({s.cost for s in equal.scores if s.role == "decode"}) == 1
 
 
@@ -100,19 +102,20 @@ def test_what_can_be_fetched_from_another_worker_counts_in_part():
     cost = {s.worker_id: s.cost for s in chooser.choose(demand(1000, d=50, e=47, p=10), views).scores}
     assert cost["d"] == 1000 - 800, "nobody has more"
     assert cost["e"] == 1000 - 752, "three blocks are not worth the way"
-    assert cost["p"] == 1000 - 160 - 0.5 * 640
+    assert cost["p"] == 1000 - 160 - 0.5 * (640 - 64)
     below = chooser.choose(demand(1000, d=CachedPrefix(50, host=48)), views)
     assert {s.worker_id: s.cost for s in below.scores}["e"] == 1000, "only a KV cache is fetched from"
 
 
 def test_whom_to_fetch_from():
-    chooser = policy(fetch_min_tokens=64)
     held = demand(1000, d=50, e=40, p=10)
-    assert chooser.fetch_from(held, "p", lambda worker: True) == ("d", 50)
-    assert chooser.fetch_from(held, "p", lambda worker: worker != "d") == ("e", 40)
-    assert chooser.fetch_from(held, "d", lambda worker: True) is None
-    assert chooser.fetch_from(demand(1000, d=13, p=10), "p", lambda worker: True) is None
-    assert chooser.fetch_from(demand(1000), "p", lambda worker: True) is None
+    assert fetch_from(held, "p", lambda worker: True, 64) == ("d", 50)
+    assert fetch_from(held, "p", lambda worker: worker != "d", 64) == ("e", 40)
+    assert fetch_from(held, "d", lambda worker: True, 64) is None
+    assert fetch_from(demand(1000, d=13, p=10), "p", lambda worker: True, 64) is None
+    assert fetch_from(demand(1000, d=14, p=10), "p", lambda worker: True, 64) == ("d", 14)
+    assert fetch_from(demand(1000, d=CachedPrefix(50, host=30)), "p", lambda worker: True, 64) == ("d", 20)
+    assert fetch_from(demand(1000), "p", lambda worker: True, 64) is None
 
 
 def test_ties_are_broken_at_random():
