@@ -56,6 +56,12 @@ def _scalar(value: Any, field: FieldInfo | None = None) -> str:
     if isinstance(value, (EngineOverrides, SpeculationOverrides)):
         named = {name: getattr(value, name) for name in sorted(value.model_fields_set)}
         return "{" + ", ".join(f"{name}: {_scalar(inner)}" for name, inner in named.items()) + "}"
+    if isinstance(value, BaseModel):  # one of a list: only what differs from the defaults
+        fields = type(value).model_fields
+        named = {name: getattr(value, name) for name in fields if name in value.model_fields_set}
+        return (
+            "{" + ", ".join(f"{name}: {_scalar(inner, fields[name])}" for name, inner in named.items()) + "}"
+        )
     if isinstance(value, ByteSize):
         return next((f"{value // size}{unit}" for unit, size in _UNITS if value % size == 0), str(int(value)))
     if isinstance(value, list):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -43,13 +43,32 @@ def explain(
 def _is_secret(path: tuple[str, ...], model: type[BaseModel]) -> bool:
     """What `headrace config` masks is not shown in messages either: they end up in logs."""
     for name in path:
+        if name.isdecimal():
+            continue  # the place in a list of sections
         field = model.model_fields.get(name)
         if field is None or field.repr is False:
             return field is not None
-        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        inner = _section_of(field.annotation)
+        if inner is None:
             return False
-        model = field.annotation
-    return False
+        model = inner
+    return _holds_secrets(model)
+
+
+def _section_of(annotation: object) -> type[BaseModel] | None:
+    """The section that a setting is, or that its list consists of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) is list:
+        return _section_of(get_args(annotation)[0])
+    return None
+
+
+def _holds_secrets(model: type[BaseModel]) -> bool:
+    inner = (_section_of(field.annotation) for field in model.model_fields.values())
+    return any(field.repr is False for field in model.model_fields.values()) or any(
+        section is not None and _holds_secrets(section) for section in inner
+    )
 
 
 def _line(name: str, mistake: Any, came: str, names: list[str]) -> str:

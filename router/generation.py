@@ -27,6 +27,11 @@ class Generation:
     sampling: Sampling
     cache_salt: str = ""
     priority: int = 0
+    tenant: str = "default"
+    deadline: float | None = None  # time.monotonic() at which the whole answer is of no use any more
+    expected_output: int = (
+        0  # tokens, as the tenant's answers are long; admission shares by it, nothing else does
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +51,14 @@ class GenerationError(Exception):
     status = 500
     kind = "server_error"
 
-    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self, message: str, retry_after_s: float | None = None, *, reason: str | None = None
+    ) -> None:
+        """`reason`: why admission turned it away, as metrics count it."""
         super().__init__(message)
         self.message = message
         self.retry_after_s = retry_after_s
+        self.reason = reason
 
 
 class InvalidRequest(GenerationError):
@@ -62,6 +71,17 @@ class InvalidRequest(GenerationError):
 class Overloaded(GenerationError):
     status = 429
     kind = "rate_limit_error"
+
+
+class TenantLimit(Overloaded):
+    """The tenant has used up what it may: others are served meanwhile."""
+
+
+class DeadlineExceeded(GenerationError):
+    """The client's own time is over."""
+
+    status = 504
+    kind = "timeout_error"
 
 
 class Unavailable(GenerationError):

@@ -1,81 +1,86 @@
-"""Admission: who may try to find a worker now, who waits, and who is turned away.
-
-A request that finds every worker full waits in one line, ordered by priority, then resumed streams before new ones,
-then first come first served. It is woken when room appears: a heartbeat that shows free blocks, or load that this
-replica released. Nobody overtakes a request that waits in front of it.
-
-The line is bounded: when `max_queue` requests wait, the next new one is told to come back later (`Overloaded`).
-A resumed request was admitted once and always finds a place. Whoever waits longer than `queue_timeout_s` for one
-placement gets `Unavailable`.
-"""
+"""The line with a clock and asyncio around it: what a request awaits on its way to a worker."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
-from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
-from router.config import AdmissionConfig
-from router.generation import Overloaded, Unavailable
+from router.admission.line import Entry, Line, Share
+from router.config import DEFAULT_TENANT, AdmissionConfig
+from router.generation import Unavailable
 
-Key = tuple[int, int, int]  # priority, 0 resumed or 1 new, order of arrival
 
-_FIRST_GUESS_S = 0.25  # seconds between placements out of the line, until some were seen
-_MAX_RETRY_AFTER_S = 60.0
+class QueueMetrics(Protocol):
+    """What is counted by tenant. The names are in router/dispatch_metrics.py."""
+
+    def waited(self, tenant: str, seconds: float) -> None:
+        """A request of the tenant was placed, after so many seconds in the line; 0 when it need not wait."""
 
 
 class Admission:
-    """The line of one router replica. Lives in one event loop."""
+    """The line of one router replica. Lives in one event loop. Without `shares` there is one tenant."""
 
-    def __init__(self, config: AdmissionConfig, clock: Callable[[], float] = time.monotonic) -> None:
-        self._config = config
+    def __init__(
+        self,
+        config: AdmissionConfig,
+        shares: Mapping[str, Share] | None = None,
+        metrics: QueueMetrics | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._line = Line(config, shares)
+        self._metrics = metrics
         self._clock = clock
-        self._arrivals = itertools.count()
-        self._parked: list[tuple[Key, Turn]] = []  # sorted
-        self._retrying: dict[Turn, None] = {}  # woken, and not yet placed or parked again
+        self._turns: dict[Entry, Turn] = {}  # of those that wait
         self._closed = False
         self._rooms = 0  # times that room appeared
-        self._interval_s = _FIRST_GUESS_S  # smoothed time between placements out of the line
-        self._last_placed: float | None = None
 
     @property
     def waiting(self) -> int:
-        return len(self._parked) + len(self._retrying)
+        return self._line.waiting
 
-    def enter(self, *, priority: int, need_blocks: int, resumed: bool = False) -> Turn:
-        """A request that needs a worker. Whatever becomes of it, it must `leave`."""
-        key = (priority, 0 if resumed else 1, next(self._arrivals))
-        return Turn(self, key, need_blocks, self._config.queue_timeout_s)
+    def waiting_of(self, tenant: str) -> int:
+        return self._line.waiting_of(tenant)
+
+    def enter(
+        self,
+        *,
+        priority: int,
+        need_blocks: int,
+        resumed: bool = False,
+        tenant: str = DEFAULT_TENANT,
+        deadline: float | None = None,
+        work: float | Callable[[], float] = 1.0,
+    ) -> Turn:
+        """A request that needs a worker. Whatever becomes of it, it must `leave`.
+
+        `deadline` on the clock of this object; `work` in tokens, asked for only when somebody waits.
+        """
+        return Turn(self, Entry(tenant, priority, need_blocks, work, resumed, deadline))
 
     def room(self, free_blocks: int) -> None:
-        """A worker has this many free blocks: wake, from the front, as many as they are enough for.
-
-        The first is woken whenever there is a block at all, because its need is only an estimate: it may be cached.
-        """
+        """A worker has this many free blocks: wake, from the front, as many as they are enough for."""
         if free_blocks <= 0:
             return
         self._rooms += 1
-        budget = free_blocks
-        while self._parked:
-            turn = self._parked[0][1]
-            if budget < turn.need_blocks and budget < free_blocks:
-                return
-            budget -= turn.need_blocks
-            self._wake(turn)
-            if budget <= 0:
-                return
+        now = self._clock()
+        self._wake(self._line.room(free_blocks, now))
+        self._tell_dropped(now)
+
+    def first_token(self, seconds: float) -> None:
+        """What a request took from being placed to its first token."""
+        self._line.first_token(seconds)
 
     def close(self) -> None:
         """The router stops: whoever waits gets Unavailable, and so does whoever comes later."""
         self._closed = True
-        for _, turn in list(self._parked):
-            self._wake(turn)
+        for turn in list(self._turns.values()):
+            turn.wake()
 
-    def retry_after_s(self) -> float:
-        """Seconds after which the line should have moved on by its whole length."""
-        return min(max(1.0, self._interval_s * (self.waiting + 1)), _MAX_RETRY_AFTER_S)
+    def retry_after_s(self, tenant: str = DEFAULT_TENANT) -> float:
+        """Seconds after which a new request of this tenant should find its way."""
+        return self._line.retry_after_s(tenant, self._clock())
 
     # --- used by Turn -----------------------------------------------------------------------------------------------
 
@@ -83,58 +88,28 @@ class Admission:
         if self._closed:
             raise Unavailable("this router is stopping; another one can take the request", retry_after_s=1.0)
 
-    def _someone_before(self, key: Key) -> bool:
-        if self._parked and self._parked[0][0] < key:
-            return True
-        return any(turn.key < key for turn in self._retrying)
+    def _wake(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            turn = self._turns.get(entry)
+            if turn is not None:  # else its task was cancelled, and it leaves in a moment
+                turn.wake()
 
-    def _park(self, turn: Turn) -> None:
-        resumed_or_back = turn.key[1] == 0 or turn.waited
-        if not resumed_or_back and self.waiting >= self._config.max_queue:
-            retry_after_s = self.retry_after_s()
-            raise Overloaded(
-                f"every worker is full and {self.waiting} requests wait already "
-                f"(admission.max_queue is {self._config.max_queue}); retry in {retry_after_s:.0f} s",
-                retry_after_s=retry_after_s,
-            )
-        self._retrying.pop(turn, None)
-        insort(self._parked, (turn.key, turn))
-
-    def _unpark(self, turn: Turn) -> None:
-        at = bisect_left(self._parked, turn.key, key=lambda entry: entry[0])
-        if at < len(self._parked) and self._parked[at][1] is turn:
-            del self._parked[at]
-
-    def _wake(self, turn: Turn) -> None:
-        self._unpark(turn)
-        self._retrying[turn] = None
-        turn.wake()
-
-    def _make_way(self, turn: Turn) -> None:
-        """It may have stood in the way of the next, or leave room that it was woken for."""
-        self._unpark(turn)
-        self._retrying.pop(turn, None)
-        if turn.waited and not self._retrying and self._parked:
-            self._wake(self._parked[0][1])
-
-    def _count_placed(self) -> None:
-        now = self._clock()
-        if self._last_placed is not None:
-            gap = min(now - self._last_placed, _MAX_RETRY_AFTER_S)
-            self._interval_s += 0.1 * (gap - self._interval_s)
-        self._last_placed = now
+    def _tell_dropped(self, now: float) -> None:
+        for entry in self._line.expired(now):
+            turn = self._turns.get(entry)
+            if turn is not None:
+                turn.wake()
 
 
 class Turn:
     """One request's place in the line, from looking for a worker to having one."""
 
-    def __init__(self, admission: Admission, key: Key, need_blocks: int, queue_timeout_s: float) -> None:
-        self.key = key
-        self.need_blocks = need_blocks
-        self.waited = False
+    def __init__(self, admission: Admission, entry: Entry) -> None:
         self._admission = admission
+        self._line = admission._line
+        self._entry = entry
         self._entered_at = admission._clock()
-        self._deadline = self._entered_at + queue_timeout_s
+        self._entered = False
         self._woken: asyncio.Future[None] | None = None
         self._rooms_seen = 0
         self._granted = False  # woken: it need not ask again whether somebody is in front
@@ -145,37 +120,53 @@ class Turn:
         if self._left:
             return
         self._left = True
-        if placed and self.waited:
-            self._admission._count_placed()
-        self._admission._make_way(self)
+        admission, entry, now = self._admission, self._entry, self._admission._clock()
+        if placed and admission._metrics is not None:
+            admission._metrics.waited(entry.tenant, now - self._entered_at if entry.waited else 0.0)
+        admission._wake(self._line.placed(entry, now) if placed else self._line.leave(entry, now))
+        admission._tell_dropped(now)
 
     def age_s(self) -> float:
         return self._admission._clock() - self._entered_at
 
     async def mine(self) -> None:
-        """Return when nobody is in front. Raises Overloaded when the line is full, Unavailable after the time-out."""
-        self._admission._check_open()
-        if not self._granted and self._admission._someone_before(self.key):
-            await self._wait()
-        self._rooms_seen = self._admission._rooms
+        """Return when nobody is in front.
+
+        Raises Overloaded or TenantLimit when it may not wait, Unavailable or DeadlineExceeded when it waited too long.
+        """
+        admission, line = self._admission, self._line
+        admission._check_open()
+        if not self._granted:
+            now = admission._clock()
+            first, self._entered = not self._entered, True
+            free = line.enter(self._entry, now) if first else line.again(self._entry, now)
+            if not free:
+                admission._tell_dropped(now)
+                await self._wait()
+        self._rooms_seen = admission._rooms
 
     async def no_room(self) -> None:
         """Every worker was busy: wait for room. Raises as `mine` does."""
-        if self._rooms_seen == self._admission._rooms:
+        admission = self._admission
+        now = admission._clock()
+        if self._rooms_seen == admission._rooms:
+            self._line.no_room(self._entry, now)
+            admission._tell_dropped(now)
             await self._wait()
-        elif self._admission._clock() >= self._deadline:
-            raise self._too_late()
+        elif now >= self._line.last_moment(self._entry):
+            raise self._line.too_late(self._entry, now)
         else:
             await asyncio.sleep(0)  # room appeared while the answer was on its way
 
     async def step_aside(self, pause_s: float) -> None:
-        """There may be room, but not for this request yet: let others pass meanwhile. Raises Unavailable."""
+        """There may be room, but not for this request yet: let others pass meanwhile. Raises as `mine` does."""
+        admission, now = self._admission, self._admission._clock()
         self._granted = False
-        self._admission._make_way(self)
-        left_s = self._deadline - self._admission._clock()
+        admission._wake(self._line.aside(self._entry, now))
+        left_s = self._line.last_moment(self._entry) - now
         await asyncio.sleep(max(min(pause_s, left_s), 0.0))
         if pause_s >= left_s:
-            raise self._too_late()
+            raise self._line.too_late(self._entry, admission._clock())
 
     def wake(self) -> None:
         self._granted = True
@@ -183,22 +174,22 @@ class Turn:
             self._woken.set_result(None)
 
     async def _wait(self) -> None:
-        admission = self._admission
-        admission._park(self)
-        self.waited, self._granted = True, False
+        """The line has it among those that wait."""
+        admission, entry = self._admission, self._entry
+        if entry.why is not None:
+            raise entry.why
+        self._granted = False
         self._woken = asyncio.get_running_loop().create_future()
+        admission._turns[entry] = self
         try:
-            async with asyncio.timeout(max(self._deadline - admission._clock(), 0.0)):
+            async with asyncio.timeout(max(self._line.last_moment(entry) - admission._clock(), 0.0)):
                 await self._woken
         except TimeoutError:
-            raise self._too_late() from None
+            if entry.why is None:
+                raise self._line.too_late(entry, admission._clock()) from None
         finally:
             self._woken = None
+            del admission._turns[entry]
+        if entry.why is not None:
+            raise entry.why
         admission._check_open()
-
-    def _too_late(self) -> Unavailable:
-        seconds = self._admission._config.queue_timeout_s
-        return Unavailable(
-            f"no worker had room for the request within {seconds:g} s (admission.queue_timeout_s)",
-            retry_after_s=self._admission.retry_after_s(),
-        )

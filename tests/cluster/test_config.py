@@ -144,6 +144,14 @@ def test_unknown_settings_are_named_with_the_nearest(tmp_path: Path, text: str, 
             "router.http.api_keys.0: the value is not allowed: must not be empty",
         ),
         ("router.http.api_keys", ["a\n"], "nor begin or end with a space"),
+        ("router.http.api_keys", ["sha256:ABC"], "must be followed by 64 lower-case hexadecimal digits"),
+        ("router.tenants", [{"name": "a b"}], "router.tenants.0.name: 'a b' is not allowed: must be 1 to 64"),
+        (
+            "router.tenants",
+            [{"name": "a", "api_keys": ["k"], "min_priority": 3}],
+            "min_priority (3) is above priority (0)",
+        ),
+        ("router.tenants", [{"name": "default", "weight": 0}], "router.tenants.0.weight: 0 is not allowed"),
         ("security.cluster_secret", "short", "must have at least 16 characters"),
     ],
 )
@@ -160,12 +168,35 @@ def test_wrong_values_are_told_with_what_is_allowed(setting: str, value: Any, ex
         ("redis.url", "http://:hunter2@host"),
         ("router.http.api_keys", ["hunter2 "]),
         ("router.http.api_keys", "hunter2"),
+        ("router.http.api_keys", ["sha256:hunter2"]),
+        ("router.tenants", [{"name": "a", "api_keys": ["hunter2 "]}]),
+        ("router.tenants", [{"name": "a", "api_keys": "hunter2"}]),
+        ("router.tenants", {"api_keys": ["hunter2"]}),
+        ("router.tenants", [{"api_keys": ["hunter2"], "min_priority": 2, "name": "a"}]),
+        ("router.tenants", [{"api_keys": ["hunter2"], "name": "a"}, {"api_keys": ["hunter2"], "name": "b"}]),
     ],
 )
 def test_wrong_secrets_are_not_repeated(setting: str, value: Any) -> None:
     (line,) = mistakes(**{setting.replace(".", "__"): value})
-    assert f"{setting}" in line
+    assert setting.removeprefix("router.") in line
     assert "hunter2" not in line
+
+
+@pytest.mark.parametrize(
+    ("tenants", "expected"),
+    [
+        ([{"name": "a"}], "tenants.0 (a) has neither api_keys nor api_keys_file"),
+        ([{"name": "default"}] * 2, "tenants.1.name is 'default', and so is an earlier one"),
+        (
+            [{"name": "a", "api_keys": ["k"]}, {"name": "b", "api_keys": ["k"]}],
+            "tenants.1.api_keys.0 (b) is a key of a already",
+        ),
+        ([{"name": "b", "api_keys": ["of-default"]}], "tenants.0.api_keys.0 (b) is a key of default already"),
+    ],
+)
+def test_tenants_must_agree(tenants: list[dict[str, Any]], expected: str) -> None:
+    (line,) = mistakes(router__http__api_keys=["of-default"], router__tenants=tenants)
+    assert expected in line
 
 
 def test_a_date_that_is_none_is_a_mistake_like_any_other(tmp_path: Path) -> None:

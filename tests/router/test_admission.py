@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from router.admission import Admission
+from router.admission.turns import Admission
 from router.config import AdmissionConfig
 from router.generation import Overloaded, Unavailable
 
