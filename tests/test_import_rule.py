@@ -29,6 +29,8 @@ PURE = (
     "workers/tiers/chain_lru.py",
     "workers/tiers/changes.py",
     "router/prefix_index.py",
+    "router/index/block_table.py",
+    "router/index/holder_sets.py",
     "router/policy.py",
     "router/policies/__init__.py",
     "router/roster.py",

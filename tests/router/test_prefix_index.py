@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import sys
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from router.index.block_table import NUM_SHARDS, SLICE_BLOCKS, _copy_bytes
 from router.prefix_index import CachedPrefix, PrefixIndex
 from workers.protocol.messages import IndexBatch
 from workers.protocol.tiers import DEVICE, DISK, HOST, TIERS
@@ -207,7 +210,7 @@ def test_match_tells_the_tiers_of_the_prefix():
     assert (index.hashes("a", HOST), index.hashes("a", DEVICE)) == ({h(1)}, frozenset())
     for name in ("a", "b"):
         index.drop(name)
-    assert {**index._masks, **index._host_masks, **index._disk_masks} == {}
+    assert len(index) == index._table.num_sets == 0
 
 
 tier_changes = st.lists(
@@ -267,4 +270,141 @@ def test_tiers_are_what_a_search_of_all_of_them_finds(script, numbers):
     for name, held in truth.items():
         assert all(index.hashes(name, tier) == {x for x, t in held if t == tier} for tier in TIERS)
         index.drop(name)
-    assert {**index._masks, **index._host_masks, **index._disk_masks} == {}
+    assert len(index) == index._table.num_sets == 0
+
+
+def test_what_is_large_is_dropped_and_loaded_in_slices():
+    index = PrefixIndex()
+    numbers = range(3 * SLICE_BLOCKS)
+    index.load_snapshot("a", 1, 0, on_device(*numbers))
+    index.load_snapshot("b", 1, 0, on_device(*numbers[::2]))
+    chain = [h(n) for n in numbers[:64]]
+    index.drop("a")
+    assert index.match(chain) == {"b": CachedPrefix(1)}
+    assert index.workers() == ["b"]
+    assert len(index) > len(numbers) // 2, "a drop sweeps one slice only"
+    index.load_snapshot("a", 2, 0, on_device(0))  # before the sweep is over: gets another slot
+    steps = 1
+    while index.tidy(SLICE_BLOCKS):
+        steps += 1
+        assert index.match(chain) == {"a": CachedPrefix(1), "b": CachedPrefix(1)}
+    assert steps >= 2
+    assert len(index) == len(numbers) // 2
+
+    load = index.begin_snapshot("b", 1)
+    for start in range(0, 10, 5):
+        load.add(7, on_device(*range(start, start + 5)))
+        assert index.match(chain)["b"] == CachedPrefix(1)
+    assert load.finish()
+    assert index.match(chain)["b"] == CachedPrefix(10)
+    assert index.position("b", 1) == 7
+    assert index.num_blocks("b") == 10
+
+
+def test_pieces_of_several_moments_are_made_whole_by_the_log():
+    index = PrefixIndex()
+    load = index.begin_snapshot("a", 1)
+    load.add(4, on_device(1, 2))
+    index.apply(IndexBatch("a", 1, 5, removed=removed(2), stored=stored(3)))
+    load.add(5, on_device(3))
+    load.add(6, on_device(4))
+    assert load.behind
+    index.apply(IndexBatch("a", 1, 6, stored=stored(4)))
+    load.replay()
+    assert not load.behind
+    index.apply(IndexBatch("a", 1, 7, removed=removed(1)))
+    assert load.finish()
+    assert index.hashes("a") == {h(3), h(4)}
+    assert index.position("a", 1) == 7
+
+    load = index.begin_snapshot("a", 1)
+    load.add(8, [])
+    load.add(9, on_device(9))  # batch 9 is lost
+    index.apply(IndexBatch("a", 1, 10, stored=stored(10)))
+    assert not load.finish()
+    assert index.hashes("a") == {h(3), h(4)}
+
+
+def test_a_load_ends_with_its_worker_and_with_a_newer_one():
+    index = PrefixIndex()
+    index.load_snapshot("a", 1, 3, on_device(1))
+    old = index.begin_snapshot("a", 1)
+    old.add(3, on_device(1, 2))
+    newer = index.begin_snapshot("a", 2)
+    assert old.over
+    assert not old.finish()
+    newer.add(0, on_device(5))
+    assert newer.finish()
+    assert index.position("a", 1) is None
+    assert index.hashes("a") == {h(5)}
+    late = index.begin_snapshot("a", 1)
+    late.add(99, on_device(1))
+    assert not late.finish(), "a life that is over does not come back"
+    gone = index.begin_snapshot("a", 2)
+    gone.add(1, on_device(5))
+    index.drop("a")
+    assert not gone.finish()
+    assert index.workers() == []
+    assert len(index) == index._table.num_sets == 0
+
+
+@given(st.permutations(range(6)), st.booleans())
+def test_a_new_life_takes_nothing_of_the_old_with_it(order, in_pieces):
+    """Whatever the order of the messages of two lives under one name."""
+    index = PrefixIndex()
+
+    def snapshot(epoch: int, seq: int, *numbers: int) -> None:
+        if not in_pieces:
+            index.load_snapshot("a", epoch, seq, on_device(*numbers))
+            return
+        load = index.begin_snapshot("a", epoch)
+        load.add(seq, on_device(*numbers))
+        load.finish()
+
+    messages = [
+        lambda: snapshot(1, 5, 1, 2, 3),
+        lambda: index.apply(IndexBatch("a", 1, 6, stored=stored(4))),
+        lambda: index.apply(IndexBatch("a", 1, 7, stored=stored(1, 2), cleared=True)),
+        lambda: snapshot(2, 1, 2),
+        lambda: index.apply(IndexBatch("a", 2, 2, stored=stored(1))),
+        lambda: index.note_routed("a", 1, [h(1), h(2), h(3)], capacity=10),
+    ]
+    for number in order:
+        messages[number]()
+    assert index.position("a", 1) is None
+    assert index.hashes("a") == ({h(1), h(2)} if order.index(4) > order.index(3) else {h(2)})
+    assert h(3) not in index.hashes("a")
+    assert index.match([h(3)]) == {}
+    assert index.match([h(4)]) == {}
+
+
+def test_the_garbage_collector_has_no_business_with_the_blocks():
+    """Else it would stop the event loop now and then, to walk through millions of them."""
+    index = PrefixIndex()
+    for number in range(5):
+        index.load_snapshot(f"w{number}", 1, 0, on_device(*range(2000)))
+        index.note_routed(f"w{number}", 1, [h(n) for n in range(3000, 3010)], capacity=100)
+    assert not any(map(gc.is_tracked, index._table.shards))
+
+
+def test_shards_that_have_seen_much_come_and_go_are_made_small_again():
+    index = PrefixIndex()
+    index.load_snapshot("a", 1, 0, [])
+    for seq in range(1, 300):
+        index.apply(IndexBatch("a", 1, 2 * seq - 1, stored(*range(100 * seq, 100 * seq + 2000))))
+        index.apply(IndexBatch("a", 1, 2 * seq, removed=removed(*range(100 * seq))))
+    assert index.num_blocks("a") == 2000
+    index.load_snapshot("a", 1, 600, on_device(*range(2000)))
+    while index.tidy():
+        pass
+
+    def size() -> int:
+        return sum(map(sys.getsizeof, index._table.shards))
+
+    before = size()
+    for _ in range(NUM_SHARDS):
+        assert not index.tidy()
+    assert size() < before / 2
+    assert index.match([h(n) for n in range(50)]) == {"a": CachedPrefix(50)}
+    for count in (0, 5, 6, 170, 171, 43_690, 43_691, 80_000):
+        assert sys.getsizeof(dict(dict.fromkeys(range(count)))) <= 1.4 * _copy_bytes(count)
