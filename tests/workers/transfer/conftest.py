@@ -1,42 +1,5 @@
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
+from tests.workers.transfer.leaks import nothing_leaks, quick_collection
 
-import pytest
-
-from tests.workers.transfer.pair import belongings, until
-
-
-@pytest.fixture(scope="session")
-def _quick_collection() -> Iterator[None]:
-    """What was imported is not searched for garbage again and again."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture
-def nothing_leaks(
-    request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture, _quick_collection: None
-) -> Iterator[None]:
-    """Threads, sockets and shared memory are after the test what they were before."""
-    gc.collect()
-    before = belongings()
-
-    def more() -> object:
-        for phase in ("call", "teardown"):
-            for record in caplog.get_records(
-                phase
-            ):  # errors that were logged hold the frames they went through
-                record.msg, record.args, record.exc_info = record.getMessage(), (), None
-        gc.collect()
-        return belongings() - before
-
-    yield
-    request.node.funcargs.clear()  # both sides, and with them their caches
-    try:
-        until(lambda: not more())
-    except AssertionError:
-        raise AssertionError(f"left behind: {more()}") from None
+__all__ = ["nothing_leaks", "quick_collection"]

@@ -164,6 +164,7 @@ class DecodeSide:
     compression: str = "none"  # what the sender is told to do: only the check is another
     memories: list[Any] | None = None
     on_fetch: Callable[[KvFetch], str | None] = lambda fetch: "prefixes are not sent from here"
+    on_end: Callable[[str], None] = lambda name: None
     committed: dict[str, bool] = field(default_factory=dict)  # request id -> its blocks were right
     lost: dict[str, str] = field(default_factory=dict)
     lost_reasons: dict[str, str] = field(default_factory=dict)
@@ -210,6 +211,7 @@ class DecodeSide:
         with self.changed:
             self.order.append(name)
             self.changed.notify_all()
+        self.on_end(name)
 
     def wait(self, *names: str, timeout_s: float = 10.0) -> None:
         with self.changed:
@@ -236,6 +238,7 @@ class PrefillSide:
     compression: str = "none"
     worker_id: str = "p0"
     memories: list[Any] | None = None
+    on_end: Callable[[str], None] = lambda name: None
     ended: dict[str, str | None] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     roads: dict[str, str] = field(default_factory=dict)
@@ -267,6 +270,7 @@ class PrefillSide:
         self.reasons[name] = reason
         self.roads[name] = handoff.road
         self.order.append(name)
+        self.on_end(name)
 
     def accept(self, work: Work, ticket: Any) -> Request:
         request = Request(work, prefill_only=True)

@@ -119,8 +119,8 @@ def test_lease_expires_without_progress_and_a_late_transfer_is_dropped(pair: Pai
 def test_a_queued_request_keeps_its_lease(pair: Pair) -> None:
     d, p = pair
     w = work("queued", list(range(20)))
-    p.accept(w, d.reserve(w, lease_s=1.0))
-    time.sleep(1.8)
+    p.accept(w, d.reserve(w, lease_s=0.8))
+    time.sleep(1.1)
     assert d.lost == {}
     p.run()
     d.wait("queued")
@@ -343,7 +343,7 @@ def test_wrong_secret_is_refused(d: DecodeSide) -> None:
 def test_a_sender_that_is_cut_or_stalls_inside_a_frame(d: DecodeSide, cut: int) -> None:
     for stall in (False, True):
         w = work(f"w{cut}{stall}", list(range(20)))
-        ticket = d.reserve(w, lease_s=1.5)
+        ticket = d.reserve(w, lease_s=0.6)
         sock = dial(d)
         sock.sendall(blocks(ticket, 0, 5)[:cut])
         if not stall:
