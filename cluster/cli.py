@@ -278,6 +278,17 @@ def nccl_test(context: typer.Context) -> None:
     raise typer.Exit(run(context.args))
 
 
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def plan(context: typer.Context) -> None:
+    """Say how many workers a load needs to keep an SLO, and where fewer fall short."""
+    from cluster.plan_view import main as run
+
+    raise typer.Exit(run(context.args))
+
+
 def _find_url(url: str | None, cluster: str | None) -> str:
     """--url, else --cluster's, else HEADRACE_URL, else that of the cluster which runs here, else the default port."""
     if url or (cluster is None and (url := os.environ.get("HEADRACE_URL"))):

@@ -41,6 +41,13 @@ PURE = (
     "cluster/config.py",
     "cluster/topology.py",
     "cluster/supervisor.py",
+    "cluster/planner/slo.py",
+    "cluster/planner/trace.py",
+    "cluster/planner/profile.py",
+    "cluster/planner/workload.py",
+    "cluster/planner/queueing.py",
+    "cluster/planner/estimate.py",
+    "cluster/planner/search.py",
 )
 
 
