@@ -7,8 +7,9 @@ A policy is pure: frozen inputs, an injected random source, no clock and no netw
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
 
 from router.prefix_index import CachedPrefix
 from workers.protocol.messages import PeerStatus, Role
@@ -16,8 +17,7 @@ from workers.protocol.messages import PeerStatus, Role
 PREFILL_EVERYTHING = 2**31 - 1  # as Reserve.local_prefill_max: there is no prefill worker
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerView:
+class WorkerView(NamedTuple):
     """What the policy sees of a worker. The figures are of now (router/load.py: LoadBook)."""
 
     worker_id: str
@@ -30,7 +30,7 @@ class WorkerView:
     prefill_token_s: float = 0.0  # seconds to compute a prompt token, as the worker measured; 0: not known
     decode_step_s: float = 0.0  # seconds of a step that only decodes; 0: not known
     host: str = ""  # where it runs; "": not known
-    peers: Mapping[str, PeerStatus] = field(default_factory=dict)  # ways to those it sends blocks to
+    peers: Mapping[str, PeerStatus] = MappingProxyType({})  # ways to those it sends blocks to
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,7 @@ class Demand:
     token_bytes: int = 0  # of one token's KV on the wire; 0: not known, hand-overs weigh nothing
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
+class Score(NamedTuple):
     """One candidate and why it costs what it costs: cost = queued + prompt − credit + decode, in tokens of work.
 
     A token of work is one prompt token on the fastest worker that there is.

@@ -57,8 +57,9 @@ class Listed:
     def __iter__(self) -> Iterator[WorkerView]:
         return iter(self._views.values())
 
-    def get(self, worker_id: str) -> WorkerView | None:
-        return self._views.get(worker_id)
+    def get(self, worker_id: str, role: Role) -> WorkerView | None:
+        view = self._views.get(worker_id)
+        return view if view is not None and view.role == role else None
 
     def ranked(self, role: Role, host: str | None = None) -> Iterator[tuple[float, WorkerView]]:
         """Best standing first, equals in random order; of one host when it is given."""
@@ -227,12 +228,9 @@ class Usable:
                 if self._usable(worker_id):
                     yield view
 
-    def get(self, worker_id: str) -> WorkerView | None:
-        for rank in self._ranks.values():
-            view = rank.views.get(worker_id)
-            if view is not None:
-                return view if self._usable(worker_id) else None
-        return None
+    def get(self, worker_id: str, role: Role) -> WorkerView | None:
+        view = self._ranks[role].views.get(worker_id)
+        return view if view is not None and self._usable(worker_id) else None
 
     def ranked(self, role: Role, host: str | None = None) -> Iterator[tuple[float, WorkerView]]:
         rank = self._ranks[role]

@@ -40,10 +40,13 @@ T = TypeVar("T")
 
 _NOTHING = CachedPrefix(0)
 _MAX_WEIGHED = 64  # of one role
-_ENOUGH_EQUALS = 12  # equals to draw from: replicas that see the same must not all go to the same worker
-_WIDTH = 6  # of each role, that are paired with each other
+_ENOUGH_EQUALS = 8  # equals to draw from: replicas that see the same must not all go to the same worker
+_WIDTH = 4  # of each role, that are paired with each other
 _SHOWN = 8  # candidates of each role, in Choice.scores
-_NEIGHBOURS = 2  # on the host of each of these
+_NEIGHBOURS = 1  # on the host of each of these
+# Requests in flight, on the time average, up to which a worker keeps its full credit, however idle the others are: a lone
+# conversation stays where its prefix is. A prefill worker has more than one only when they queue.
+_NEVER_HOT: dict[Role, float] = {"prefill": 0.25, "decode": 1.0}
 _MAX_PACE = 8.0  # a measurement gone wrong must not shut a worker out for good
 _NOMINAL_TOKEN_S = 1e-4  # until somebody has measured how long a prompt token takes
 
@@ -82,8 +85,11 @@ class _Asked:
     """A demand, and what follows from it for every worker alike."""
 
     demand: Demand
-    holders: list[tuple[str, CachedPrefix]]  # longest prefix first
-    elsewhere: tuple[tuple[int, str], tuple[int, str]]  # the two longest prefixes in a KV cache, in tokens
+    holders: list[str]
+    blocks: list[int]  # of these
+    order: list[int]  # of these, longest prefix first
+    longest: tuple[int, str]  # prefix in a KV cache, in tokens, and whose
+    second: tuple[int, str]
 
 
 class CostPolicy:
@@ -137,19 +143,16 @@ class CostPolicy:
         return views if isinstance(views, Listed | Usable) else Listed(views, self.standing, self._rng)
 
     def _asked(self, demand: Demand) -> _Asked:
-        size, found = demand.block_size, demand.cached_blocks
-        first, second = (0, ""), (0, "")
-        for worker_id, prefix in found.items():
-            blocks = prefix.device
-            if blocks > second[0]:
-                second = (blocks, worker_id)
-                if blocks > first[0]:
-                    first, second = second, first
-        return _Asked(
-            demand,
-            sorted(found.items(), key=lambda item: item[1].blocks, reverse=True),
-            tuple((min(blocks * size, demand.prompt_tokens), name) for blocks, name in (first, second)),  # type: ignore[arg-type]
-        )
+        # A prefix that everybody has makes this the longest loop of all: what it costs per holder counts.
+        names = list(demand.cached_blocks)
+        blocks = [held for held, _, _ in demand.cached_blocks.values()]
+        device = [held - host - disk for held, host, disk in demand.cached_blocks.values()]
+        order = sorted(range(len(names)), key=blocks.__getitem__, reverse=True)
+        in_cache = order if device == blocks else sorted(order, key=device.__getitem__, reverse=True)
+        longest = [
+            (min(device[at] * demand.block_size, demand.prompt_tokens), names[at]) for at in in_cache[:2]
+        ] + [(0, "")] * 2
+        return _Asked(demand, names, blocks, order, longest[0], longest[1])
 
     def _cheapest(
         self,
@@ -196,10 +199,11 @@ class CostPolicy:
     def _usable_holders(
         role: Role, asked: _Asked, workers: Ranked, exclude: Collection[str]
     ) -> Iterator[tuple[WorkerView, int]]:
-        for worker_id, prefix in asked.holders:
-            view = workers.get(worker_id)
-            if view is not None and view.role == role and worker_id not in exclude:
-                yield view, prefix.blocks
+        for at in asked.order:
+            worker_id = asked.holders[at]
+            view = workers.get(worker_id, role)
+            if view is not None and worker_id not in exclude:
+                yield view, asked.blocks[at]
 
     # --- the cost of one --------------------------------------------------------------------------------------------
 
@@ -208,7 +212,7 @@ class CostPolicy:
         prefix = demand.cached_blocks.get(view.worker_id, _NOTHING)
         cached = min(prefix.blocks * demand.block_size, demand.prompt_tokens)
         pace = _pace(view.prefill_token_s, pool.prefill_token_s)
-        heat = view.recent_requests / max(pool.recent_requests, 1.0)
+        heat = view.recent_requests / max(pool.recent_requests, _NEVER_HOT[view.role])
         queued = view.queued_prefill_tokens * pace
         prompt = demand.prompt_tokens * pace
         credit = self._saved(asked, view.worker_id, prefix, cached) * pace
@@ -232,9 +236,7 @@ class CostPolicy:
         host, disk = prefix.host * share, prefix.disk * share
         device = cached - host - disk
         own = device * credit.device + host * credit.host + disk * credit.disk
-        (tokens, holder), second = asked.elsewhere
-        if holder == worker_id:
-            tokens = second[0]
+        tokens, _ = asked.longest if asked.longest[1] != worker_id else asked.second
         fetchable = tokens - self._config.fetch_min_tokens
         if fetchable > 0:
             remote = credit.remote
@@ -248,7 +250,7 @@ class CostPolicy:
 
     def _most_credit(self, asked: _Asked, cached: int) -> float:
         """The most that `_saved` can be for a worker that holds at most `cached` tokens."""
-        fetchable = max(asked.elsewhere[0][0] - self._config.fetch_min_tokens, 0)
+        fetchable = max(asked.longest[0] - self._config.fetch_min_tokens, 0)
         fetched = self._config.tier_credit.remote * fetchable + self._above_remote * cached
         return max(self._best_tier * cached, fetched) * self._config.cache_credit
 
@@ -299,7 +301,17 @@ class CostPolicy:
         ds += [d for d in near_ds if demand.prompt_tokens - d.cached > local.maximum(d.view)]
         ps += near_ps
         token_s = workers.pool("prefill").prefill_token_s or _NOMINAL_TOKEN_S
-        return [(d, p, self._distance(demand, p.view, d, token_s)) for d in ds for p in ps]
+        pairs: list[tuple[_Weighed, _Weighed | None, float]] = []
+        lowest = float("inf")
+        for d in ds:
+            size = (demand.prompt_tokens - d.cached) * demand.token_bytes / token_s
+            for p in ps:
+                if d.cost + p.cost > lowest:
+                    continue
+                distance = size / self._rate(p.view, d.view)
+                pairs.append((d, p, distance))
+                lowest = min(lowest, d.cost + p.cost + distance)
+        return pairs
 
     def _neighbours(
         self,
@@ -325,16 +337,14 @@ class CostPolicy:
                     break
         return found
 
-    def _distance(self, demand: Demand, prefill: WorkerView, decode: _Weighed, token_s: float) -> float:
-        """Tokens of work that P could do while the blocks that D lacks travel."""
-        way = prefill.peers.get(decode.view.worker_id)
+    def _rate(self, prefill: WorkerView, decode: WorkerView) -> float:
+        """Bytes per second on the way from P to D."""
+        way = prefill.peers.get(decode.worker_id)
         if way is not None and way.bytes_per_s > 0:
-            rate = way.bytes_per_s
-        elif prefill.host and prefill.host == decode.view.host:
-            rate = self._config.host_bytes_per_s
-        else:
-            rate = self._config.network_bytes_per_s
-        return (demand.prompt_tokens - decode.cached) * demand.token_bytes / rate / token_s
+            return way.bytes_per_s
+        if prefill.host and prefill.host == decode.host:
+            return self._config.host_bytes_per_s
+        return self._config.network_bytes_per_s
 
     def _local_prefill(self, workers: Ranked, prefill: _Weighed | None) -> _LocalPrefill:
         if prefill is None:

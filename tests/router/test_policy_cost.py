@@ -3,13 +3,17 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.config import PolicyConfig
 from router.policies.cost import CostPolicy
 from router.policy import PREFILL_EVERYTHING, Demand, WorkerView, fetch_from
 from router.prefix_index import CachedPrefix
+from router.roster import Listed
+from tests.router.simulated_pool import SimulatedPool
+from workers.protocol.messages import PeerStatus
 
 
 def decode(worker_id: str, queued: int = 0, blocks: int = 0) -> WorkerView:
@@ -133,27 +137,232 @@ def test_choosing_only_a_prefill_worker():
     assert policy().choose_prefill(demand(), views, exclude={"p1", "p2"}) is None
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 500), st.integers(0, 500), st.integers(0, 70)), min_size=1, max_size=5),
-    st.lists(st.tuples(st.integers(0, 500), st.integers(0, 70)), max_size=4),
-    st.integers(1, 1100),
+def test_a_slower_worker_is_as_if_it_had_more_to_do():
+    slow = WorkerView("slow", "prefill", 100, 0, prefill_token_s=2e-4)
+    fast = WorkerView("fast", "prefill", 1000, 0, prefill_token_s=1e-4)
+    views = [decode("d"), slow, fast]
+    cost = {s.worker_id: s.cost for s in policy().choose(demand(1000), views).scores}
+    assert (cost["slow"], cost["fast"]) == (2 * (100 + 1000), 1000 + 1000)
+    # Who has said nothing counts as fast, so that it gets work and can measure.
+    assert policy().choose_prefill(demand(), [slow, fast, prefill("new", queued=500)]).worker_id == "new"
+    steps = [
+        WorkerView("a", "decode", 0, 100, decode_step_s=0.03),
+        WorkerView("b", "decode", 0, 400, decode_step_s=0.01),
+    ]
+    score = policy().choose(demand(1600), steps).decode
+    assert score.worker_id == "b"
+    a = next(s for s in policy().choose(demand(1600), steps).scores if s.worker_id == "a")
+    assert a.decode == pytest.approx(3 * 100 + 2 * 100), "its streams, and what the request itself brings"
+
+
+def test_credit_shrinks_with_heat_and_a_lone_conversation_stays():
+    def views(hot: float, others: float) -> list[WorkerView]:
+        return [
+            WorkerView("hot", "decode", 0, 0, hot),
+            *(WorkerView(f"d{n}", "decode", 0, 0, others) for n in range(3)),
+        ]
+
+    def credit(hot: float, others: float, **settings) -> float:
+        choice = policy(**settings, tier_credit={"remote": 0}).choose(
+            demand(1600, hot=100), views(hot, others)
+        )
+        return next(score.credit for score in choice.scores if score.worker_id == "hot")
+
+    assert credit(4, 4) == 1600
+    assert credit(6, 2) == 1600 * 0, "twice the mean of 3"
+    assert credit(4.5, 2.5) == pytest.approx(1600 * 0.5)
+    assert credit(4.5, 2.5, heat_limit=4) == pytest.approx(1600 * (1 - 0.5 / 3))
+    assert credit(40, 2, heat_limit=None) == 1600
+    assert credit(1, 0) == 1600, "one request at a time is no heat, however idle the others are"
+
+
+def test_the_way_between_prefill_and_decode_counts():
+    def view(name: str, role: str, host: str, **peers: float) -> WorkerView:
+        ways = {peer: PeerStatus("tcp", bytes_per_s=rate) for peer, rate in peers.items()}
+        return WorkerView(name, role, 0, 0, host=host, prefill_token_s=1e-4, peers=ways)
+
+    def asked(views: list[WorkerView]) -> tuple[str, str, float]:
+        choice = policy().choose(Demand(1000, 16, {}, token_bytes=100_000), views)
+        return choice.decode.worker_id, choice.prefill.worker_id, choice.distance
+
+    far = [view("d0", "decode", "a"), view("p0", "prefill", "b")]
+    assert asked(far) == ("d0", "p0", pytest.approx(1000 * 100_000 / 1e9 / 1e-4))
+    many = [view(f"p{n}", "prefill", f"h{n}") for n in range(1, 60)]
+    assert asked([*far, *many, view("near", "prefill", "a")])[:2] == ("d0", "near")
+    assert asked([*far, view("d1", "decode", "b"), view("d2", "decode", "c")])[:2] == ("d1", "p0")
+    # What was measured goes before what is only assumed of hosts.
+    measured = [view("quick", "prefill", "c", d0=1e10), view("near", "prefill", "a", d0=1e9)]
+    assert asked([far[0], *measured]) == ("d0", "quick", pytest.approx(1000 * 100_000 / 1e10 / 1e-4))
+
+
+def test_the_nearest_is_not_worth_any_queue():
+    d = WorkerView("d", "decode", 0, 0, host="a", prefill_token_s=1e-4)
+    near = WorkerView("near", "prefill", 2000, 0, host="a", prefill_token_s=1e-4)
+    far = WorkerView("far", "prefill", 0, 0, host="b", prefill_token_s=1e-4)
+    asked = Demand(1000, 16, {}, token_bytes=100_000)
+    assert policy(local_prefill_stall_s=0).choose(asked, [d, near, far]).prefill.worker_id == "far"
+    # 100 MB at 4 and at 1 GB/s: 250 and 1,000 tokens of work
+    assert (
+        policy().choose(asked, [d, near._replace(queued_prefill_tokens=700), far]).prefill.worker_id == "near"
+    )
+
+
+def test_decode_workers_help_out_while_prefill_workers_are_behind():
+    def local_max(queued: int, blocks: int = 0, own: int = 0, token_s: float = 1e-4, **settings) -> int:
+        d = WorkerView("d", "decode", own, blocks, prefill_token_s=2 * token_s)
+        p = WorkerView("p", "prefill", queued, 0, prefill_token_s=token_s)
+        return policy(**settings).choose(demand(3000), [d, p]).local_prefill_max
+
+    assert local_max(0) == 64, "nobody waits"
+    assert local_max(100) == 64
+    assert local_max(4000) == 2000, "what it can compute until P could begin"
+    assert local_max(4000, own=500) == 1500
+    assert local_max(4000, blocks=1) == 500, "running streams are held up by 0.1 s at most"
+    assert local_max(4000, blocks=1, own=450) == 64
+    assert local_max(4000, blocks=1, local_prefill_stall_s=0) == 64
+    assert local_max(4000, token_s=0.0) == 64, "nobody knows how long that would take"
+    choice = policy().choose(
+        demand(1900), [decode("d"), WorkerView("p", "prefill", 4000, 0, prefill_token_s=1e-4)]
+    )
+    assert choice.prefill is None
+
+
+WORKERS = st.lists(
+    st.tuples(
+        st.sampled_from(["decode", "prefill"]),
+        st.integers(0, 3000),
+        st.integers(0, 500),
+        st.integers(0, 70),
+        st.sampled_from([0.0, 1e-4, 2e-4, 5e-4]),
+        st.floats(0, 8),
+    ),
+    min_size=1,
+    max_size=60,
 )
-def test_no_pair_is_cheaper(decodes, prefills, prompt):
-    views = [decode(f"d{i}", q, b) for i, (q, b, _) in enumerate(decodes)]
-    views += [prefill(f"p{i}", q) for i, (q, _) in enumerate(prefills)]
-    cached = {f"d{i}": c for i, (_, _, c) in enumerate(decodes)}
-    cached |= {f"p{i}": c for i, (_, c) in enumerate(prefills)}
-    chooser = policy(local_prefill_max=64, tier_credit={"remote": 0})
-    choice = chooser.choose(demand(prompt, **cached), views)
 
-    def tokens(worker: str) -> int:
-        return min(16 * cached[worker], prompt)
 
-    costs = []
-    for i, (queued, blocks, _) in enumerate(decodes):
-        share = queued + prompt - tokens(f"d{i}") + blocks
-        if not prefills or prompt - tokens(f"d{i}") <= 64:
-            costs.append(share)
-        else:
-            costs += [share + q + prompt - tokens(f"p{j}") for j, (q, _) in enumerate(prefills)]
-    assert choice.decode.cost + (choice.prefill.cost if choice.prefill else 0) == min(costs)
+def seen(workers: list[tuple], prompt: int) -> tuple[list[WorkerView], Demand]:
+    views = [
+        WorkerView(f"{role[0]}{n}", role, queued, blocks, recent, token_s)
+        for n, (role, queued, blocks, _, token_s, recent) in enumerate(workers)
+    ]
+    held = {
+        view.worker_id: CachedPrefix(worker[3])
+        for view, worker in zip(views, workers, strict=True)
+        if worker[3]
+    }
+    return views, Demand(prompt, 16, held)
+
+
+@given(WORKERS, st.integers(1, 1100))
+@settings(max_examples=150, deadline=None)
+def test_no_pair_is_cheaper(workers, prompt):
+    """Against every pair, by a formula of its own."""
+    views, asked = seen(workers, prompt)
+    chooser = policy(tier_credit={"remote": 0}, local_prefill_stall_s=0)
+    shares: dict[str, list[tuple[float, int]]] = {"decode": [], "prefill": []}
+    for view in views:
+        pool = [v for v in views if v.role == view.role]
+        fastest = min((v.prefill_token_s for v in pool if v.prefill_token_s), default=0)
+        pace = view.prefill_token_s / fastest if view.prefill_token_s else 1
+        mean = sum(v.recent_requests for v in pool) / len(pool)
+        heat = view.recent_requests / max(mean, 1 if view.role == "decode" else 0.25)
+        cached = min(16 * asked.cached_blocks.get(view.worker_id, CachedPrefix(0)).blocks, prompt)
+        share = pace * (view.queued_prefill_tokens + prompt - cached * min(max(2 - heat, 0), 1))
+        shares[view.role].append(
+            (share + (view.active_blocks if view.role == "decode" else 0), prompt - cached)
+        )
+    choice = chooser.choose(asked, views)
+    if not shares["decode"]:
+        assert choice is None
+        return
+    cheapest = min((share for share, _ in shares["prefill"]), default=0)
+    idle = [view for view in views if view.role == "decode" and not view.active_blocks]
+    if idle and shares["prefill"]:
+        return  # may read longer prompts by itself: another test's
+    costs = [
+        share + (cheapest if shares["prefill"] and uncached > 64 else 0)
+        for share, uncached in shares["decode"]
+    ]
+    assert choice.cost == pytest.approx(min(costs))
+
+
+@given(WORKERS, st.integers(1, 1100), st.integers(0, 59), st.integers(1, 40), st.integers(1, 2000))
+@settings(max_examples=150, deadline=None)
+def test_more_cached_never_costs_more_and_more_queue_never_less(workers, prompt, number, blocks, tokens):
+    number %= len(workers)
+    chooser = policy(fetch_min_tokens=64)
+
+    def cost(views: list[WorkerView], asked: Demand) -> float:
+        pool = Listed(views, chooser.standing, random.Random(1))
+        view = views[number]
+        return chooser._weigh(chooser._asked(asked), view, pool.pool(view.role)).cost
+
+    views, asked = seen(workers, prompt)
+    before = cost(views, asked)
+    name = views[number].worker_id
+    for tier in ("device", "host", "disk"):
+        held = asked.cached_blocks.get(name, CachedPrefix(0))
+        more = CachedPrefix(held.blocks + blocks, blocks * (tier == "host"), blocks * (tier == "disk"))
+        richer = Demand(prompt, 16, {**asked.cached_blocks, name: more})
+        if more.blocks * 16 <= prompt:  # beyond the prompt there is nothing to save
+            assert cost(views, richer) <= before + 1e-6, tier
+    queue = [
+        v._replace(queued_prefill_tokens=v.queued_prefill_tokens + tokens) if v.worker_id == name else v
+        for v in views
+    ]
+    assert cost(queue, asked) >= before
+    streams = [
+        v._replace(active_blocks=v.active_blocks + tokens) if v.worker_id == name else v for v in views
+    ]
+    assert cost(streams, asked) >= before
+
+
+def pools(size: int = 8, slow: int = 0, **settings) -> SimulatedPool:
+    paces = {f"p{n}": 3e-4 if n < slow else 1e-4 for n in range(size)}
+    return SimulatedPool(policy(**settings), paces | {f"d{n}": 1e-4 for n in range(size)})
+
+
+def spread(simulated: SimulatedPool, role: str) -> list[int]:
+    return [simulated.picked[worker_id] for worker_id in simulated.token_s if worker_id[0] == role]
+
+
+def test_a_popular_prefix_spreads_and_stays_spread():
+    """One prefix that all requests share, held by one worker of each pool when the rush begins."""
+    simulated = pools()
+    simulated.run(0.5, 20, lambda n: 0, prefix=8000, fresh=200)
+    assert max(spread(simulated, "p")) == sum(spread(simulated, "p")), "alone it would stay where it is"
+    simulated.picked.clear()
+    began = simulated.now
+    simulated.run(100, 30, lambda n: 0, prefix=8000, fresh=200)
+    for role in ("p", "d"):
+        counts = spread(simulated, role)
+        assert max(counts) <= 2 * sum(counts) / 8, role
+        assert min(counts) >= sum(counts) / 8 / 3, "nobody starves"
+    for start in range(10, 30, 4):  # once spread it does not swing from one worker to the other
+        window = Counter(w for at, w in simulated.log if start <= at - began < start + 4 and w[0] == "p")
+        assert max(window.values()) <= 2 * sum(window.values()) / 8
+    assert simulated.book.num_open == 0
+
+
+def test_without_heat_it_would_not_spread():
+    simulated = pools(heat_limit=None)
+    simulated.run(0.5, 20, lambda n: 0, prefix=8000, fresh=200)
+    simulated.picked.clear()
+    simulated.run(100, 15, lambda n: 0, prefix=8000, fresh=200)
+    assert max(spread(simulated, "p")) > 6 * sum(spread(simulated, "p")) / 8
+
+
+def test_slow_workers_get_what_they_can_do():
+    simulated = pools(slow=4)
+    simulated.run(30, 20, lambda n: n, prefix=0, fresh=1500)  # the fast four alone could do 27 a second
+    counts = spread(simulated, "p")
+    assert 3 < sum(counts[4:]) / sum(counts[:4]) < 10
+    assert min(counts) > 0
+    assert sorted(simulated.ttft)[len(simulated.ttft) // 2] < 1.5
+
+
+def test_conversations_stay_where_their_prefix_is():
+    simulated = pools()
+    simulated.run(4, 40, lambda n: n % 5, prefix=2000, fresh=100)
+    assert sum(1 for seconds in simulated.ttft if seconds < 0.1) > 0.85 * len(simulated.ttft)
