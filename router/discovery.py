@@ -1,8 +1,6 @@
-"""Redis, read: who is registered (polled), and what they cache (the index stream, tailed).
+"""Redis, read: who is registered (polled), and through the feed what they cache.
 
-Two tasks. The poll hands the registry to the fleet and reads snapshots of workers that are new, lost batches, or were
-not heard of since Redis was away. The tail applies the stream's batches as they come. A snapshot that is read after
-the tail has its place in the stream can't miss anything: batches that it holds already are recognised by their number.
+The poll hands the registry to the fleet, and tells the feed how far each worker's index in Redis has come.
 
 Redis away: nothing is taken down. Links and index stay as they are, and the index is approximate until every worker's
 snapshot has been read again. A Redis that comes back empty has no snapshots; workers notice and publish theirs anew.
@@ -13,34 +11,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import msgspec
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+import redis.asyncio
 
 from router.dispatch_metrics import DispatchMetrics
 from router.fleet import Fleet
+from router.index.feed import IndexFeed
 from router.prefix_index import PrefixIndex
 from workers.protocol import redis_keys
-from workers.protocol.messages import IndexBatch, WorkerInfo
-from workers.protocol.tiers import unpack_member
+from workers.protocol.messages import WorkerInfo
+from workers.protocol.redis_address import RedisAddress
+from workers.protocol.redis_client import TROUBLE, connect_async, node_of
 
 log = logging.getLogger(__name__)
 
-# One worker's set of (hash, tier) and the number of the last batch in it, as of one moment.
-_SNAPSHOT_SCRIPT = "return {redis.call('GET', KEYS[1]), redis.call('SMEMBERS', KEYS[2])}"
-
-_BLOCK_MS = 1000
-_BATCHES_PER_READ = 64
-_TROUBLE = (RedisError, OSError, TimeoutError)
-
-Entry = tuple[bytes, dict[bytes, bytes]]  # id and fields in the stream
-
 _decode_info = msgspec.msgpack.Decoder(WorkerInfo).decode
-_decode_batch = msgspec.msgpack.Decoder(IndexBatch).decode
 
 
 class Discovery:
@@ -62,37 +49,42 @@ class Discovery:
         self._metrics = metrics
         self._poll_s = poll_s
         self._rng = rng or random.Random()
-        self._poll_redis = _connect(redis_url, timeout_s=2.0)
-        self._tail_redis = _connect(redis_url, timeout_s=_BLOCK_MS / 1000 + 2.0)
-        self._snapshot_script = self._poll_redis.register_script(_SNAPSHOT_SCRIPT)
-        self._tail_snapshot_script = self._tail_redis.register_script(_SNAPSHOT_SCRIPT)
+        address = RedisAddress.parse(redis_url)
+        self._num_partitions = address.partitions
+        self._redis: Any = connect_async(address, timeout_s=2.0)
+        self.feed = IndexFeed(
+            address,
+            cluster,
+            index=index,
+            metrics=metrics,
+            trouble=self._went_away,
+            pause_s=self._pause_s,
+        )
         self._infos: dict[str, tuple[bytes, WorkerInfo]] = {}  # decoded once, while the bytes stay the same
-        self._synced: dict[str, int] = {}  # worker -> epoch whose entries are exact
-        self._seen_seq: dict[str, int] = {}  # worker -> seq in Redis at the last poll
-        self._tail_id: bytes | None = None  # None: the tail has no place in the stream yet
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
 
     async def start(self) -> None:
-        self._tasks = [asyncio.create_task(self._poll()), asyncio.create_task(self._tail())]
+        self._tasks = [asyncio.create_task(task) for task in (self._poll(), *self.feed.tasks())]
 
     async def stop(self) -> None:
         self._stopping = True
+        self.feed.stop()
         running = set(self._tasks)
         while running:
             # Once is not enough: on Python 3.11 redis-py's wait_for() can swallow a cancellation (bpo-42130).
             for task in running:
                 task.cancel()
             _, running = await asyncio.wait(running, timeout=0.1)
-        for redis in (self._poll_redis, self._tail_redis):
-            try:
-                await redis.aclose()
-            except _TROUBLE as error:
-                log.debug("closing the connection to Redis: %s", error)
+        await self.feed.close()
+        try:
+            await self._redis.aclose()
+        except TROUBLE as error:
+            log.debug("closing the connection to Redis: %s", error)
 
     def is_exact(self, worker_id: str, epoch: int) -> bool:
         """False: what this replica routes to the worker is worth noting (approximate mode)."""
-        return self._synced.get(worker_id) == epoch
+        return self.feed.is_exact(worker_id, epoch)
 
     @property
     def approximate(self) -> bool:
@@ -108,28 +100,43 @@ class Discovery:
                 registered, positions = await self._read_registry()
                 self._came_back()
                 self._fleet.sync(registered)
-                await self._catch_up(positions)
-            except _TROUBLE as error:
+                self._compare(positions)
+            except TROUBLE as error:
                 self._went_away(error)
             self._metrics.observe_index(self._index, self.approximate)
-            await asyncio.sleep(self._poll_s * self._rng.uniform(0.8, 1.2))
+            await asyncio.sleep(self._pause_s())
+
+    def _pause_s(self) -> float:
+        return self._poll_s * self._rng.uniform(0.8, 1.2)
 
     async def _read_registry(self) -> tuple[dict[str, WorkerInfo], dict[str, int | None]]:
         """Workers whose lease is alive; for each, the seq of its snapshot (None: there is no snapshot)."""
-        raw = cast(dict[bytes, bytes], await self._poll_redis.hgetall(redis_keys.workers(self._cluster)))
-        infos = [info for key, value in raw.items() if (info := self._decode(key, value)) is not None]
+        if isinstance(self._redis, redis.asyncio.RedisCluster):
+            await self._redis.initialize()
+        registered: dict[str, WorkerInfo] = {}
+        positions: dict[str, int | None] = {}
+        infos: list[WorkerInfo] = []
+        for partition in redis_keys.all_partitions(self._cluster, self._num_partitions):
+            found = await self._read_partition(partition)
+            infos += [info for info, _, _ in found]
+            for info, lease, seq in found:
+                if lease == b"%d" % info.epoch:
+                    registered[info.worker_id] = info
+                    positions[info.worker_id] = None if seq is None else int(seq)
         self._infos = {info.worker_id: self._infos[info.worker_id] for info in infos}
-        if not infos:
-            return {}, {}
-        leases = [redis_keys.lease(self._cluster, info.worker_id) for info in infos]
-        seqs = [redis_keys.index_seq(self._cluster, info.worker_id, info.epoch) for info in infos]
-        values = await self._poll_redis.mget(leases + seqs)
-        registered, positions = {}, {}
-        for info, lease, seq in zip(infos, values[: len(infos)], values[len(infos) :], strict=True):
-            if lease == b"%d" % info.epoch:
-                registered[info.worker_id] = info
-                positions[info.worker_id] = None if seq is None else int(seq)
         return registered, positions
+
+    async def _read_partition(self, partition: str) -> list[tuple[WorkerInfo, bytes | None, bytes | None]]:
+        """Everyone in its registry, with lease and seq."""
+        key = redis_keys.workers(partition)
+        raw = await self._redis.execute_command("HGETALL", key, **node_of(self._redis, key))
+        infos = [info for name, value in raw.items() if (info := self._decode(name, value)) is not None]
+        if not infos:
+            return []
+        leases = [redis_keys.lease(partition, info.worker_id) for info in infos]
+        seqs = [redis_keys.index_seq(partition, info.worker_id, info.epoch) for info in infos]
+        values = await self._redis.execute_command("MGET", *leases, *seqs, **node_of(self._redis, key))
+        return list(zip(infos, values[: len(infos)], values[len(infos) :], strict=True))
 
     def _decode(self, key: bytes, value: bytes) -> WorkerInfo | None:
         worker_id = key.decode(errors="replace")
@@ -153,81 +160,15 @@ class Discovery:
             self.redis = "ok"
 
     def _went_away(self, error: BaseException) -> None:
-        self._synced.clear()
+        self.feed.nothing_is_exact()
         if self.redis == "ok":
             log.warning("Redis is away, routing goes on from what is known: %s", error)
             self.redis = "away"
 
-    # --- the index --------------------------------------------------------------------------------------------------
-
-    async def _catch_up(self, positions: dict[str, int | None]) -> None:
-        """Read the snapshots that are missing or that the tail fell behind of."""
+    def _compare(self, positions: dict[str, int | None]) -> None:
         members = {member.info.worker_id: member.info for member in self._fleet.members()}
         for worker_id in self._index.workers():
             if worker_id not in members:
-                self._index.drop(worker_id)
-                self._synced.pop(worker_id, None)
-        if self._tail_id is None:
-            return
+                self.feed.forget(worker_id)
         for worker_id, info in members.items():
-            in_redis = positions.get(worker_id)
-            if in_redis is None:
-                self._synced.pop(worker_id, None)
-                continue
-            position = self._index.position(worker_id, info.epoch)
-            # The tail may be a poll behind; more than that means that the log lost something at its end.
-            lost = position is not None and position < min(self._seen_seq.get(worker_id, 0), in_redis)
-            self._seen_seq[worker_id] = in_redis
-            if lost or position is None or not self.is_exact(worker_id, info.epoch):
-                await self._read_snapshot(worker_id, info.epoch, self._snapshot_script)
-
-    async def _read_snapshot(self, worker_id: str, epoch: int, script: Any) -> None:
-        keys = [
-            redis_keys.index_seq(self._cluster, worker_id, epoch),
-            redis_keys.index_blocks(self._cluster, worker_id, epoch),
-        ]
-        seq, members = await script(keys=keys)
-        held = map(unpack_member, members)
-        if seq is not None and self._index.load_snapshot(worker_id, epoch, int(seq), held):
-            self._synced[worker_id] = epoch
-            self._metrics.snapshots.inc()
-
-    async def _tail(self) -> None:
-        log_key = redis_keys.index_stream(self._cluster)
-        while not self._stopping:
-            try:
-                if self._tail_id is None:
-                    newest = cast(list[Entry], await self._tail_redis.xrevrange(log_key, count=1))
-                    self._tail_id = newest[0][0] if newest else b"0-0"
-                answer = await self._tail_redis.xread(
-                    {log_key: self._tail_id}, count=_BATCHES_PER_READ, block=_BLOCK_MS
-                )
-                for _, entries in cast(list[tuple[bytes, list[Entry]]], answer):
-                    await self._apply(entries)
-            except _TROUBLE as error:
-                # The stream may be another one when Redis is back: take a new place in it, then read snapshots.
-                self._tail_id = None
-                self._went_away(error)
-                await asyncio.sleep(self._poll_s * self._rng.uniform(0.8, 1.2))
-
-    async def _apply(self, entries: list[Entry]) -> None:
-        gaps: dict[str, int] = {}
-        for entry_id, fields in entries:
-            try:
-                batch = _decode_batch(fields.get(b"b", b""))
-            except msgspec.MsgspecError as error:
-                log.warning("index log: entry %r can't be read: %s", entry_id, error)
-            else:
-                if self._index.apply(batch):
-                    gaps[batch.worker_id] = batch.epoch
-            self._tail_id = entry_id
-        for worker_id, epoch in gaps.items():
-            self._metrics.gaps.inc()
-            await self._read_snapshot(worker_id, epoch, self._tail_snapshot_script)
-
-
-def _connect(url: str, timeout_s: float) -> Redis:
-    """No retries inside the client: both tasks are loops already, and must notice at once."""
-    return Redis.from_url(
-        url, socket_timeout=timeout_s, socket_connect_timeout=2.0, retry=Retry(NoBackoff(), 0)
-    )
+            self.feed.compare(worker_id, info.epoch, positions.get(worker_id))

@@ -14,16 +14,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice
+from typing import Any
 
 import msgspec
-from redis import Redis
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
-from redis.retry import Retry
 
 from workers.protocol import redis_keys
 from workers.protocol.messages import IndexBatch, WorkerInfo
-from workers.protocol.tiers import MEMBER_BYTES, Removed, Stored, pack_member
+from workers.protocol.redis_address import RedisAddress
+from workers.protocol.redis_client import TROUBLE, Client, Functions, connect
+from workers.protocol.tiers import Removed, Stored, pack_member
 
 log = logging.getLogger(__name__)
 
@@ -32,59 +31,7 @@ _LOG_LENGTH = 4096  # batches kept in the stream; a router that is further behin
 _MAX_PENDING = 65_536  # hashes; more than that and a snapshot is cheaper
 _GATHER_S = 0.005  # seconds given to further events before a batch is sent
 _MAX_BACKOFF_S = 1.0
-
-# Appends one batch to the log and to the snapshot, together. Returns 1, or 0 when it is not the batch that follows.
-# KEYS log, blocks, seq. ARGV batch, seq, cleared, removed, stored (members, concatenated), ttl ms, log length.
-_PUBLISH_SCRIPT = (
-    f"local WIDTH = {MEMBER_BYTES}"
-    + """
-local seq = tonumber(ARGV[2])
-if ARGV[3] == '1' then
-  redis.call('DEL', KEYS[2])
-elseif tonumber(redis.call('GET', KEYS[3]) or '-1') ~= seq - 1 then
-  return 0
-end
-local function each(command, blob)
-  local members = {}
-  for i = 1, #blob, WIDTH do
-    members[#members + 1] = string.sub(blob, i, i + WIDTH - 1)
-    if #members == 1000 then  -- unpack() has a limited stack
-      redis.call(command, KEYS[2], unpack(members))
-      members = {}
-    end
-  end
-  if #members > 0 then redis.call(command, KEYS[2], unpack(members)) end
-end
-each('SREM', ARGV[4])
-each('SADD', ARGV[5])
-redis.call('PEXPIRE', KEYS[2], ARGV[6])
-redis.call('SET', KEYS[3], ARGV[2], 'PX', ARGV[6])
-redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[7], '*', 'b', ARGV[1])
-return 1
-"""
-)
-
-# Renews registration, lease and the index keys. Returns the seq in Redis (-1: none), or -2 when a later life of this
-# worker holds the lease.
-# KEYS workers, lease, blocks, seq. ARGV worker_id, epoch, info, lease ms, ttl ms.
-_HEARTBEAT_SCRIPT = """
-local holder = tonumber(redis.call('GET', KEYS[2]) or '0')
-if holder > tonumber(ARGV[2]) then return -2 end
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
-redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[4])
-redis.call('PEXPIRE', KEYS[3], ARGV[5])
-redis.call('PEXPIRE', KEYS[4], ARGV[5])
-return tonumber(redis.call('GET', KEYS[4]) or '-1')
-"""
-
-# A clean end. The registration goes only if no later life has taken the place. KEYS as above; ARGV worker_id, epoch.
-_LEAVE_SCRIPT = """
-redis.call('DEL', KEYS[3], KEYS[4])
-if redis.call('GET', KEYS[2]) == ARGV[2] then
-  redis.call('DEL', KEYS[2])
-  redis.call('HDEL', KEYS[1], ARGV[1])
-end
-"""
+_TIMEOUT_S = 2.0
 
 
 class Publisher:
@@ -107,12 +54,10 @@ class Publisher:
         self._info = info
         self._lease_s = lease_s
         self._snapshot = snapshot
-        self._redis = Redis.from_url(
-            redis_url, socket_timeout=2.0, socket_connect_timeout=2.0, retry=Retry(NoBackoff(), 0)
-        )
-        self._publish_script = self._redis.register_script(_PUBLISH_SCRIPT)
-        self._heartbeat_script = self._redis.register_script(_HEARTBEAT_SCRIPT)
-        self._leave_script = self._redis.register_script(_LEAVE_SCRIPT)
+        self._address = RedisAddress.parse(redis_url)
+        self._redis: Client | None = None
+        self._functions: Functions | None = None
+        cluster = redis_keys.partition(cluster, info.worker_id, self._address.partitions)
         blocks = redis_keys.index_blocks(cluster, info.worker_id, info.epoch)
         seq = redis_keys.index_seq(cluster, info.worker_id, info.epoch)
         self._publish_keys = [redis_keys.index_stream(cluster), blocks, seq]
@@ -165,10 +110,11 @@ class Publisher:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
         try:
-            self._leave_script(keys=self._own_keys, args=[self._info.worker_id, self._info.epoch])
-        except (RedisError, OSError) as error:
+            self._call("leave", self._own_keys, [self._info.worker_id, self._info.epoch])
+        except TROUBLE as error:
             log.info("left without telling Redis, the lease will run out: %s", error)
-        self._redis.close()
+        if self._redis is not None:
+            self._redis.close()
 
     # --- the thread -------------------------------------------------------------------------------------------------
 
@@ -185,7 +131,7 @@ class Publisher:
                 else:
                     self._publish_pending()
                 backoff_s = 0.05
-            except (RedisError, OSError) as error:
+            except TROUBLE as error:
                 log.warning("Redis is away, the index will be published anew: %s", error)
                 with self._changed:
                     self._forget_pending()
@@ -201,14 +147,22 @@ class Publisher:
                     )
                     self._changed.wait_for(lambda: self._closing, _GATHER_S)
 
+    def _call(self, name: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        """One of the functions in index.lua. Connects first where that has not been possible so far."""
+        if self._functions is None:
+            self._redis = connect(self._address, _TIMEOUT_S)
+            self._functions = Functions(self._redis)
+        return self._functions.call(name, keys, args)
+
     def _forget_pending(self) -> None:
         self._synced = False
         self._pending = {}
 
     def _beat(self) -> None:
-        seq = self._heartbeat_script(
-            keys=self._own_keys,
-            args=[self._info.worker_id, self._info.epoch, self._packed_info, self._lease_ms, self._ttl_ms],
+        seq = self._call(
+            "heartbeat",
+            self._own_keys,
+            [self._info.worker_id, self._info.epoch, self._packed_info, self._lease_ms, self._ttl_ms],
         )
         if seq == -2:
             if not self._superseded:
@@ -253,9 +207,10 @@ class Publisher:
             removed=removed,
             cleared=cleared,
         )
-        taken = self._publish_script(
-            keys=self._publish_keys,
-            args=[
+        taken = self._call(
+            "publish",
+            self._publish_keys,
+            [
                 msgspec.msgpack.encode(batch),
                 seq,
                 "1" if cleared else "0",

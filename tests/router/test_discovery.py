@@ -157,7 +157,7 @@ async def test_lost_log_entries_are_noticed(valkey):
         await run(cluster, range(2))
         await until(lambda: index_is_exact(cluster))
         log = redis_keys.index_stream("test")
-        discovery = cluster.dispatcher.discovery
+        discovery = cluster.dispatcher.discovery.feed
         # In the middle: the next batch shows the gap.
         real = discovery._apply
         discovery._apply = drop(discovery, 1)
@@ -179,12 +179,12 @@ def drop(discovery, count: int):
     """At least `count` entries of the log are never seen."""
     left, real = [count], discovery._apply
 
-    async def apply(entries):
+    async def apply(partition, entries):
         if left[0] > 0:
             left[0] -= len(entries)
-            discovery._tail_id = entries[-1][0]
+            discovery._tail_ids[partition] = entries[-1][0]
         else:
-            await real(entries)
+            await real(partition, entries)
 
     return apply
 

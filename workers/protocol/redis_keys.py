@@ -1,11 +1,33 @@
-"""Names of the keys in Redis. The braces keep one cluster's keys in one slot of a Redis Cluster."""
+"""Names of the keys in Redis.
+
+The braces keep the keys of one partition in one hash slot, so that one script may write a worker's registration, lease,
+set and number and append to the log. With one partition that is all of a cluster's keys; with more, each worker belongs
+to one of them for ever, and a partition has a registry and a log of its own: they spread over a Redis Cluster's nodes.
+`cluster` below is the name that `partition` gives.
+"""
 
 from __future__ import annotations
+
+import zlib
+
+
+def partition(cluster: str, worker_id: str, partitions: int) -> str:
+    """The name space of a worker's keys, among those of `all_partitions`."""
+    return all_partitions(cluster, partitions)[zlib.crc32(worker_id.encode()) % partitions]
+
+
+def all_partitions(cluster: str, partitions: int) -> list[str]:
+    return [cluster] if partitions == 1 else [f"{cluster}/{number}" for number in range(partitions)]
 
 
 def workers(cluster: str) -> str:
     """HASH: worker_id -> msgpack WorkerInfo of its present life."""
     return f"{{headrace:{cluster}}}:workers"
+
+
+def planner(cluster: str) -> str:
+    """STRING with a time to live: JSON of what the planner last decided. `cluster` is the cluster's own name."""
+    return f"{{headrace:{cluster}}}:planner"
 
 
 def lease(cluster: str, worker_id: str) -> str:
