@@ -1,0 +1,235 @@
+"""The command line of the simulator."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.simulate.capacity import capacity_per_s
+from bench.simulate.cluster import Cluster, ClusterConfig, Fault
+from bench.simulate.cost import CostError, StepCost
+from bench.simulate.defaults import H100_LLAMA2_70B, KV_TOKENS
+from bench.simulate.index_stream import StreamConfig
+from bench.simulate.jobs import Asked
+from bench.simulate.network import Wires
+from bench.simulate.outcome import Slo, measured, summary
+from bench.simulate.perf_table import read_table
+from bench.simulate.policies import POLICIES
+from bench.simulate.traces import (
+    MOONCAKE_BLOCK,
+    SessionsShape,
+    TraceError,
+    rate_per_s,
+    read_azure,
+    read_mooncake,
+    sessions,
+)
+from bench.simulate.worker import Limits
+from router.config import RouterConfig
+
+SESSION_BLOCK = 64  # tokens
+
+
+class UsageError(ValueError):
+    """The message says which option, what came and what is allowed."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="bench.simulate",
+        description=sys.modules["__main__"].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="one trace, one policy, one load")
+    _add_trace(run)
+    _add_cluster(run)
+    run.add_argument("--policy", default="cost", help=f"one of {', '.join(POLICIES)}; default cost")
+    given_load = run.add_mutually_exclusive_group()
+    given_load.add_argument("--load", type=float, help="share of the capacity, which is measured first")
+    given_load.add_argument("--rate", type=float, help="requests a second; neither: as in the trace")
+    run.add_argument("--json", type=Path, help="write what was found there")
+    run.add_argument("--timings", action="store_true", help="also what depends on this machine")
+    run.set_defaults(act=_run)
+    given = parser.parse_args(arguments)
+    try:
+        given.act(given)
+    except (UsageError, TraceError, CostError, ValueError) as error:
+        parser.error(str(error))
+
+
+def _add_trace(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--trace", type=Path, help="Mooncake JSONL, or Azure CSV (by its ending)")
+    source.add_argument("--sessions", type=int, help="so many made-up multi-turn sessions; default 1500")
+    parser.add_argument("--requests", type=int, help="only the first so many of the trace")
+    parser.add_argument("--think-s", type=float, default=10.0, help="mean pause inside a session")
+    parser.add_argument("--zipf", type=float, default=1.0, help="how unequal system prompts are")
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        help=f"tokens; default {MOONCAKE_BLOCK} for traces, {SESSION_BLOCK} for sessions",
+    )
+
+
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=8, help="unified workers")
+    parser.add_argument("--prefill", type=int, help="prefill workers; with --decode, instead of --workers")
+    parser.add_argument("--decode", type=int, help="decode workers")
+    parser.add_argument("--routers", type=int, default=1)
+    parser.add_argument("--cost", type=Path, help="cost model as `fit` writes it")
+    parser.add_argument("--table", type=Path, help="cost model out of Splitwise's perf_model.csv")
+    parser.add_argument(
+        "--hardware", default="llama2-70b/h100-80gb/8", help="of the table: model/hardware/TP"
+    )
+    parser.add_argument("--kv-tokens", type=int, default=KV_TOKENS, help="KV cache of a worker")
+    parser.add_argument("--max-num-seqs", type=int, default=128)
+    parser.add_argument("--chunk", type=int, default=1024, help="tokens in one step")
+    parser.add_argument("--gbit", type=float, default=200.0, help="between nodes")
+    parser.add_argument("--no-fetch", action="store_true", help="no worker fetches a prefix from another")
+    parser.add_argument("--index-delay-s", type=float, default=0.002)
+    parser.add_argument("--index-loss", type=float, default=0.0, help="share of index batches that are lost")
+    parser.add_argument(
+        "--fault", action="append", default=[], help="death,AT_S,FOR_S,WORKER or away,AT_S,FOR_S; repeatable"
+    )
+    parser.add_argument("--max-queue", type=int, default=10**9, help="admission.max_queue; default: no bound")
+    parser.add_argument("--queue-timeout-s", type=float, default=1e9, help="default: no bound")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="policy weights")
+    parser.add_argument("--slo-ttft-s", type=float, default=5.0)
+    parser.add_argument("--slo-tpot-s", type=float, default=0.2)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def trace_of(given: argparse.Namespace) -> tuple[list[Asked], int]:
+    """The trace and its block size."""
+    if given.trace is None:
+        size = given.block_size or SESSION_BLOCK
+        shape = SessionsShape(
+            sessions=given.sessions or SessionsShape.sessions,
+            think_s=given.think_s,
+            zipf=given.zipf,
+            seed=given.seed,
+        )
+        trace = sessions(shape, size)
+        return trace[: given.requests], size
+    size = given.block_size or MOONCAKE_BLOCK
+    read = read_azure if given.trace.suffix == ".csv" else read_mooncake
+    trace = read(given.trace, size, given.requests)
+    if not trace:
+        raise UsageError(f"--trace {given.trace}: there is no request in it")
+    return trace, size
+
+
+def cost_of(given: argparse.Namespace) -> StepCost:
+    if given.cost is not None and given.table is not None:
+        raise UsageError("--cost and --table: give one of them")
+    if given.cost is not None:
+        return StepCost.read(given.cost)
+    if given.table is None:
+        return H100_LLAMA2_70B
+    parts = given.hardware.split("/")
+    if len(parts) != 3 or not parts[2].isdigit():
+        raise UsageError(f"--hardware {given.hardware}: it must be model/hardware/tensor parallel")
+    return read_table(given.table, parts[0], parts[1], int(parts[2]))
+
+
+def config_of(given: argparse.Namespace, policy: str, block_size: int) -> ClusterConfig:
+    prefill, decode = 0, given.workers
+    if given.prefill is not None or given.decode is not None:
+        if given.decode is None:
+            raise UsageError("--prefill needs --decode")
+        prefill, decode = given.prefill or 0, given.decode
+    settings: dict[str, Any] = {}
+    for text in given.set:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set {text}: it must be NAME=VALUE")
+        inner = settings
+        *groups, last = name.split(".")
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[last] = value
+    return ClusterConfig(
+        cost=cost_of(given),
+        limits=Limits(
+            num_blocks=max(given.kv_tokens // block_size, 1),
+            block_size=block_size,
+            max_num_seqs=given.max_num_seqs,
+            max_num_batched_tokens=given.chunk,
+        ),
+        decode=decode,
+        prefill=prefill,
+        policy=policy,
+        router=RouterConfig.model_validate(
+            {
+                "admission": {"max_queue": given.max_queue, "queue_timeout_s": given.queue_timeout_s},
+                "policy": settings,
+            }
+        ),
+        routers=given.routers,
+        fetching=not given.no_fetch,
+        wires=Wires(bytes_per_s=given.gbit * 1e9 / 8),
+        stream=StreamConfig(given.index_delay_s, given.index_loss),
+        faults=tuple(_fault(text) for text in given.fault),
+        seed=given.seed,
+    )
+
+
+def _fault(text: str) -> Fault:
+    kind, *numbers = text.split(",")
+    try:
+        at_s, for_s, *worker = numbers
+        return Fault(kind, float(at_s), float(for_s), *(int(number) for number in worker))
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"--fault {text}: it must be death,AT_S,FOR_S,WORKER or away,AT_S,FOR_S ({error})"
+        ) from None
+
+
+def _fits(trace: Sequence[Asked], config: ClusterConfig) -> list[Asked]:
+    """Without requests that no worker could ever hold, as the router refuses them."""
+    limits = config.limits
+    most = limits.num_blocks * limits.block_size
+    return [asked for asked in trace if asked.prompt_tokens + asked.output_tokens <= most]
+
+
+def _run(given: argparse.Namespace) -> None:
+    if given.policy not in POLICIES:
+        raise UsageError(f"--policy {given.policy}: it must be one of {', '.join(POLICIES)}")
+    trace, size = trace_of(given)
+    config = config_of(given, given.policy, size)
+    if len(fitting := _fits(trace, config)) < len(trace):
+        if any(asked.after is not None for asked in trace):
+            raise UsageError(f"--kv-tokens {given.kv_tokens}: a session outgrows the KV cache of a worker")
+        print(
+            f"{len(trace) - len(fitting)} requests are longer than a worker's KV cache and left out",
+            file=sys.stderr,
+        )
+        trace = fitting
+    found: dict[str, Any] = {"policy": given.policy, "prefill": config.prefill, "decode": config.decode}
+    rate = given.rate
+    if given.load is not None:
+        if not given.load > 0:
+            raise UsageError(f"--load {given.load}: it must be above 0")
+        capacity = capacity_per_s(config, trace)
+        rate = given.load * capacity
+        found |= {"load": given.load, "capacity_per_s": round(capacity, 6)}
+    cluster = Cluster(config, trace)
+    began = time.perf_counter()
+    cluster.run(rate / rate_per_s(trace) if rate is not None else 1.0)
+    wall_s = time.perf_counter() - began
+    found |= {"offered_per_s": round(rate or rate_per_s(trace), 6)}
+    found |= summary(cluster, Slo(given.slo_ttft_s, given.slo_tpot_s))
+    if given.timings:
+        found["measured"] = measured(cluster, wall_s)
+    text = json.dumps(found, indent=1) + "\n"
+    if given.json is not None:
+        given.json.write_text(text)
+    shown = {key: value for key, value in found.items() if key != "over_time"}
+    print(json.dumps(shown, indent=1))
+    print(f"simulated {len(trace)} requests in {wall_s:.1f} s", file=sys.stderr)
