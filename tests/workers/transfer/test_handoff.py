@@ -224,6 +224,20 @@ def test_cancel_on_either_side_at_any_moment(pair: Pair) -> None:
     assert len(d.committed) > 50
 
 
+def test_what_the_sender_cancels_the_receiver_hears_of_at_once(pair: Pair) -> None:
+    d, p = pair
+    p.engine.scheduler.max_num_batched_tokens = 16
+    w = work("a", list(range(60)))
+    p.accept(w, d.reserve(w, lease_s=60))
+    p.step()
+    p.cancel("a")
+    d.wait("a", timeout_s=3)
+    assert d.lost == {"a": "transfer_failed"}
+    assert d.lost_reasons == {"a": "cancelled"}
+    assert p.ended == {}, "whoever cancels is told nothing"
+    at_rest(d, p)
+
+
 def test_the_decode_side_dies(pair: Pair) -> None:
     d, p = pair
     w = work("a", list(range(20)))

@@ -439,6 +439,52 @@ def test_the_end_of_a_prefix_for_a_request(d: DecodeSide, honest: PrefillSide, c
     assert d.committed == {"honest before": True}
 
 
+class Prefix:
+    """A Landing for blocks that the test holds."""
+
+    def __init__(self, d: DecodeSide) -> None:
+        self.held = d.engine.pool.allocate(5) or []
+        self.told: list[Any] = []
+
+    def blocks(self, first: int, count: int) -> list[int]:
+        return self.held[first : first + count]
+
+    def land(self, message: Any, opened: float, num_bytes: int) -> None:
+        self.told.append(message.count)
+
+    def lose(self, code: str, reason: str) -> None:
+        self.told.append(code)
+
+
+@pytest.mark.parametrize(
+    ("sent", "count", "told"),
+    [
+        ([0, 1, 2], 3, 3),
+        ([2, 0, 1], 3, 3),
+        ([0, 1, 2], 2, "transfer_failed"),
+        ([0, 1, 2], 4, "transfer_failed"),
+        ([1, 2, 3], 3, "transfer_failed"),
+        ([0, 2], 2, "transfer_failed"),
+        ([0, 1, 2, 3, 4], 6, "transfer_failed"),
+        ([0], -1, "transfer_failed"),
+        ([], 5, "transfer_failed"),
+        ([], 0, 0),
+    ],
+)
+def test_a_prefix_that_is_not_what_has_come(
+    d: DecodeSide, honest: PrefillSide, sent: list[int], count: int, told: Any
+) -> None:
+    liar = tcp(d)
+    landing = Prefix(d)
+    ticket = d.tickets.expect("t-prefix", landing, 0, 5, 5.0)  # type: ignore[arg-type]
+    for block in sent:
+        assert liar.say(announced(ticket, block, 1), bytes(LAYOUT.block_bytes)).ok
+    assert liar.say(KvPrefix("t-prefix", ticket.epoch, count)).ok == (told == count)
+    assert landing.told == [told]
+    assert len(d.tickets) == 0
+    d.engine.pool.release(landing.held)
+
+
 def test_tokens_of_more_prompt_than_there_is(d: DecodeSide, honest: PrefillSide) -> None:
     seen = []
     d.tickets._on_commit = lambda arrival: (
