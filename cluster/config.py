@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -14,6 +16,7 @@ from cluster.config_source import Source, merge_overrides, read_source
 from router.config import RouterConfig
 from workers.config import EngineConfig, Section, SpeculationConfig, TransferConfig
 from workers.protocol.messages import Role
+from workers.protocol.redis_address import MAX_PARTITIONS, RedisAddress, parse_node, with_credentials
 
 __all__ = ["ClusterConfig", "ConfigError", "PoolConfig", "load_config"]
 
@@ -25,13 +28,19 @@ def _cluster_name(name: str) -> str:
 
 
 def _redis_url(url: str | None) -> str | None:
-    if url is not None and not re.match(r"(rediss?|unix)://.", url):
-        raise ValueError("must begin with redis://, rediss:// or unix://")
     if url is not None:
-        from redis.connection import parse_url
+        address = RedisAddress.parse(url)
+        if address.kind == "plain":
+            from redis.connection import parse_url
 
-        parse_url(url)  # type: ignore[no-untyped-call]  # raises ValueError
+            parse_url(address.url)  # type: ignore[no-untyped-call]  # raises ValueError
     return url
+
+
+def _redis_nodes(nodes: list[str]) -> list[str]:
+    for node in nodes:
+        parse_node(node, 1)
+    return nodes
 
 
 def _ray_address(address: str | None) -> str | None:
@@ -123,15 +132,138 @@ class WorkerSection(Section):
 
 
 class RedisConfig(Section):
+    """One server (`url`), Sentinel (`sentinels` and `master`) or a Redis Cluster (`nodes`); none of them: an embedded Valkey."""
+
     url: Annotated[str | None, AfterValidator(_redis_url)] = Field(
         None,
         repr=False,
-        description="redis:// or rediss:// address; null: an embedded Valkey",
+        description="redis://, rediss:// or unix:// address; null: an embedded Valkey",
     )
+    sentinels: Annotated[list[str], AfterValidator(_redis_nodes)] = Field(
+        [], description="host:port of each sentinel, instead of url"
+    )
+    master: str | None = Field(None, min_length=1, description="name of the master behind the sentinels")
+    nodes: Annotated[list[str], AfterValidator(_redis_nodes)] = Field(
+        [], description="host:port of some nodes of a Redis Cluster, instead of url"
+    )
+    partitions: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_PARTITIONS,
+        description="hash slots that the keys are in; null: 16 in a Redis Cluster, otherwise 1",
+    )
+    db: int = Field(0, ge=0, description="database (sentinels)")
+    username: str | None = Field(None, min_length=1, description="ACL user")
+    password: str | None = Field(
+        None, min_length=1, repr=False, description="or password_env, or password_file"
+    )
+    password_env: str | None = Field(
+        None, min_length=1, description="environment variable with the password, read where `serve` starts"
+    )
+    password_file: Path | None = Field(None, description="file with the password, read where `serve` starts")
+    sentinel_username: str | None = Field(None, min_length=1, description="ACL user at the sentinels")
+    sentinel_password: str | None = Field(None, min_length=1, repr=False, description="and its password")
+    tls: bool = Field(False, description="with sentinels or nodes; with url write rediss://")
+    ca_file: Path | None = Field(
+        None,
+        description="certificates that the server's must lead to; null: the system's. Same path on each host",
+    )
+    cert_file: Path | None = Field(None, description="client certificate, where the server asks for one")
+    key_file: Path | None = Field(None, description="and its key")
     host: str = Field(
         "127.0.0.1", description="address the embedded Valkey binds; `node`: this node's address"
     )
     port: int = Field(0, ge=0, le=65535, description="port of the embedded Valkey; 0: any free port")
+
+    @property
+    def embedded(self) -> bool:
+        return self.url is None and not self.sentinels and not self.nodes
+
+    @property
+    def setting(self) -> str:
+        """The one that says where Redis is, for messages."""
+        return "redis.sentinels" if self.sentinels else "redis.nodes" if self.nodes else "redis.url"
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        given = [name for name in ("url", "sentinels", "nodes") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"redis.{given[0]} and redis.{given[1]} are both set: Redis is in one place")
+        if bool(self.sentinels) != (self.master is not None):
+            raise ValueError("redis.sentinels and redis.master belong together: one of them is missing")
+        secrets = [n for n in ("password", "password_env", "password_file") if getattr(self, n) is not None]
+        if len(secrets) > 1:
+            raise ValueError(
+                f"redis.{secrets[0]} and redis.{secrets[1]} are both set: the password is one of them"
+            )
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("redis.cert_file and redis.key_file belong together: one of them is missing")
+        if self.embedded:
+            names = ("username", *secrets, "tls", "ca_file", "cert_file", "partitions", "db")
+            if wrong := [name for name in names if getattr(self, name)]:
+                raise ValueError(
+                    f"redis.{wrong[0]} is set, but the embedded Valkey takes none: set redis.url"
+                )
+        if self.db and not self.sentinels:
+            raise ValueError(
+                "redis.db counts with redis.sentinels only: with redis.url write it behind the address"
+            )
+        if (self.sentinel_username or self.sentinel_password) and not self.sentinels:
+            raise ValueError("redis.sentinel_username and redis.sentinel_password need redis.sentinels")
+        if self.url is not None:
+            address = RedisAddress.parse(self.url)
+            if self.tls and not address.tls:
+                raise ValueError("redis.tls is set, but redis.url does not begin with rediss://")
+            if (self.username or secrets) and "@" in self.url.partition("?")[0]:
+                raise ValueError("redis.url holds credentials, and redis.username or a password is set too")
+            if (self.username or secrets) and address.kind != "plain":
+                raise ValueError("redis.url of this kind holds its credentials itself")
+        if (self.ca_file or self.cert_file) and not (self.tls or (self.url or "").startswith("rediss")):
+            raise ValueError("redis.ca_file and redis.cert_file need TLS: rediss:// or redis.tls")
+        return self
+
+    def address(self) -> str:
+        """Everything in one line (workers.protocol.redis_address), the password included. Raises ValueError."""
+        if self.embedded:
+            raise ValueError("the embedded Valkey has its address when it runs")
+        password = self._password()
+        files = {"ssl_ca_certs": self.ca_file, "ssl_certfile": self.cert_file, "ssl_keyfile": self.key_file}
+        tls_files = tuple((name, str(path)) for name, path in files.items() if path is not None)
+        if self.url is not None:
+            known = RedisAddress.parse(self.url)
+            url = with_credentials(known.url, self.username, password) if known.kind == "plain" else ""
+            partitions = self.partitions or known.partitions
+            return replace(
+                known, url=url, tls_files=known.tls_files + tls_files, partitions=partitions
+            ).text()
+        return RedisAddress(
+            kind="sentinel" if self.sentinels else "cluster",
+            tls=self.tls,
+            nodes=tuple(
+                parse_node(n, 26379 if self.sentinels else 6379) for n in self.sentinels or self.nodes
+            ),
+            master=self.master or "",
+            db=self.db,
+            username=self.username,
+            password=password,
+            sentinel_username=self.sentinel_username,
+            sentinel_password=self.sentinel_password,
+            tls_files=tls_files,
+            partitions=self.partitions or (16 if self.nodes else 1),
+        ).text()
+
+    def _password(self) -> str | None:
+        if self.password_env is not None:
+            if not (password := os.environ.get(self.password_env)):
+                raise ValueError(f"redis.password_env: the environment has no variable {self.password_env}")
+            return password
+        if self.password_file is not None:
+            try:
+                return self.password_file.read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                reason = getattr(error, "strerror", None) or "not UTF-8 text"
+                raise ValueError(f"redis.password_file: {self.password_file}: {reason}") from None
+        return self.password
 
 
 class RayConfig(Section):

@@ -112,8 +112,7 @@ class Cluster:
 
     def _start_redis(self, steps: Steps) -> str:
         with steps.begin("redis") as step:
-            redis_url = self.config.redis.url
-            if redis_url is None:
+            if self.config.redis.embedded:
                 host = self.config.redis.host
                 self._valkey = EmbeddedValkey(
                     self.ray.node_address() if host == "node" else host, self.config.redis.port
@@ -121,14 +120,19 @@ class Cluster:
                 self._valkey.start()
                 redis_url = self._valkey.url
                 step.note = "embedded Valkey"
+            else:
+                try:
+                    redis_url = self.config.redis.address()
+                except ValueError as error:
+                    raise LaunchError(str(error)) from error
             worker_ids = list(self._pools.host_of) if self._pools else []
             self._leases = Leases(redis_url, self.config.cluster, worker_ids)
             try:
                 self._leases.check()
-                if self.config.redis.url is not None:
+                if not self.config.redis.embedded:
                     self._claim_name(self._leases)
             except ConnectionError as error:
-                raise LaunchError(f"redis.url: no Redis answers there: {error}") from error
+                raise LaunchError(f"{self.config.redis.setting}: no Redis answers there: {error}") from error
         self._heed_stop()
         return redis_url
 
@@ -141,7 +145,7 @@ class Cluster:
         while others := leases.registered():
             if time.monotonic() > deadline:
                 raise LaunchError(
-                    f"redis.url: a cluster named {self.config.cluster!r} is alive in that Redis "
+                    f"{self.config.redis.setting}: a cluster named {self.config.cluster!r} is alive in that Redis "
                     f"({', '.join(others)}); give this one another name with --cluster"
                 )
             self._heed_stop()

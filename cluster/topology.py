@@ -171,7 +171,7 @@ def check_reachable(config: ClusterConfig, host_of: Mapping[str, str], driver_ho
         "transfer.host": config.transfer.host,
         "router.http.host": config.router.http.host,
     }
-    if config.redis.url is None:
+    if config.redis.embedded:
         listeners["redis.host"] = config.redis.host
     loopback = [name for name, address in listeners.items() if address.startswith(_LOOPBACK)]
     if loopback:

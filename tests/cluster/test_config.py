@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from cluster.config import ClusterConfig, ConfigError, load_config
 from cluster.config_errors import setting_names
 from cluster.config_source import parse_setting
+from workers.protocol.redis_address import RedisAddress
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -289,9 +290,97 @@ def test_settings_that_can_not_be_read(text: str) -> None:
 
 
 def test_secrets_are_not_shown() -> None:
-    config = load_config(None, {"security.cluster_secret": "x" * 32, "redis.url": "redis://:pass@h:1"})
+    config = load_config(None, {"security.cluster_secret": "x" * 32, "redis.url": "redis://:hunter2@h:1"})
     assert "x" * 32 not in repr(config)
-    assert "pass" not in repr(config)
+    assert "hunter2" not in repr(config)
+    sentinels = {"redis.sentinels": ["h:1"], "redis.master": "m", "redis.sentinel_password": "hunter2"}
+    assert "hunter2" not in repr(load_config(None, sentinels | {"redis.password": "hunter2"}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"url": "redis://h:1/2"}, "redis://h:1/2"),
+        ({"url": "redis://h:1", "username": "u@", "password": "p/"}, "redis://u%40:p%2F@h:1"),
+        ({"url": "redis://h:1", "password_env": "HEADRACE_TEST"}, "redis://:from-env@h:1"),
+        (
+            {"url": "redis://h:1", "password_file": "FILE", "partitions": 4},
+            "redis://:from-file@h:1?partitions=4",
+        ),
+        ({"url": "rediss://h:1", "ca_file": "/ca"}, "rediss://h:1?ssl_ca_certs=%2Fca"),
+        (
+            {"url": "rediss://h:1", "cert_file": "/c", "key_file": "/k"},
+            "rediss://h:1?ssl_certfile=%2Fc&ssl_keyfile=%2Fk",
+        ),
+        (
+            {"sentinels": ["a", "b:1"], "master": "m", "password": "p", "sentinel_password": "w", "db": 3},
+            "redis+sentinel://:p@a:26379,b:1/m/3?sentinel_password=w",
+        ),
+        ({"nodes": ["a:1", "[::1]:2"], "tls": True}, "rediss+cluster://a:1,[::1]:2?partitions=16"),
+        ({"nodes": ["a"], "partitions": 1, "username": "u"}, "redis+cluster://u:@a:6379"),
+    ],
+)
+def test_redis_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], expected: str
+) -> None:
+    monkeypatch.setenv("HEADRACE_TEST", "from-env")
+    (tmp_path / "secret").write_text("from-file\n")
+    if "password_file" in settings:
+        settings = settings | {"password_file": str(tmp_path / "secret")}
+    redis = load_config(None, {f"redis.{name}": value for name, value in settings.items()}).redis
+    assert not redis.embedded
+    assert redis.address() == expected
+    assert RedisAddress.parse(expected).text() == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"url": "redis://h", "nodes": ["a:1"]},
+            "redis.url and redis.nodes are both set: Redis is in one place",
+        ),
+        ({"sentinels": ["a"]}, "redis.sentinels and redis.master belong together"),
+        ({"master": "m"}, "redis.sentinels and redis.master belong together"),
+        ({"sentinels": ["a:b"], "master": "m"}, "'a:b' must be host:port"),
+        ({"nodes": ["a/b"]}, "'a/b' must be host:port"),
+        (
+            {"url": "redis://h", "password": "p", "password_env": "X"},
+            "redis.password and redis.password_env are both set",
+        ),
+        (
+            {"url": "redis://u:p@h", "password": "p"},
+            "redis.url holds credentials, and redis.username or a password",
+        ),
+        ({"password": "p"}, "redis.password is set, but the embedded Valkey takes none: set redis.url"),
+        ({"partitions": 4}, "redis.partitions is set, but the embedded Valkey takes none"),
+        ({"url": "redis://h", "tls": True}, "redis.tls is set, but redis.url does not begin with rediss://"),
+        ({"url": "redis://h", "ca_file": "/ca"}, "need TLS: rediss:// or redis.tls"),
+        ({"url": "rediss://h", "cert_file": "/c"}, "redis.cert_file and redis.key_file belong together"),
+        ({"url": "redis://h", "db": 2}, "redis.db counts with redis.sentinels only"),
+        ({"nodes": ["a"], "sentinel_password": "p"}, "need redis.sentinels"),
+        ({"nodes": ["a"], "partitions": 0}, "redis.partitions: 0 is not allowed"),
+        ({"url": "redis+sentinel://h:1"}, "needs the name of the master behind the sentinels"),
+        ({"url": "redis+cluster://h:1/3"}, "a Redis Cluster has no numbered databases"),
+        ({"url": "redis+cluster://h:1?ssl_ca_certs=x"}, "unknown option 'ssl_ca_certs'"),
+        ({"url": "redis://h:1?partitions=0"}, "partitions is '0': must be a number from 1 to 1024"),
+    ],
+)
+def test_redis_settings_that_do_not_go_together(settings: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError) as failure:
+        load_config(None, {f"redis.{name}": value for name, value in settings.items()})
+    assert expected in str(failure.value)
+
+
+def test_a_password_that_is_not_there(tmp_path: Path) -> None:
+    redis = load_config(None, {"redis.url": "redis://h", "redis.password_env": "HEADRACE_NOBODY"}).redis
+    with pytest.raises(
+        ValueError, match=r"redis\.password_env: the environment has no variable HEADRACE_NOBODY"
+    ):
+        redis.address()
+    redis = load_config(None, {"redis.url": "redis://h", "redis.password_file": str(tmp_path / "no")}).redis
+    with pytest.raises(ValueError, match=r"redis\.password_file: .*no: No such file or directory"):
+        redis.address()
 
 
 def test_every_setting_says_what_it_is() -> None:

@@ -51,6 +51,7 @@ def test_the_other_files_of_deploy_are_configurations() -> None:
         {"pools.decode.engine": {"max_num_seqs": 7, "num_blocks": None, "kv_cache_memory": "3MiB"}},
         {"engine.speculation.method": "draft", "engine.speculation.draft_model": "/models/small one"},
         {"pools.decode.engine": {"speculation": {"method": "ngram", "max_tokens": 2}, "max_num_seqs": 7}},
+        {"redis.sentinels": ["a:1", "b"], "redis.master": "m", "redis.tls": True, "redis.ca_file": "/etc/ca.pem"},
         {
             "router.tenants": [
                 {"name": "a-b", "api_keys_file": "/etc/keys of a", "weight": 2.5, "max_queue": 0},
@@ -75,13 +76,13 @@ def test_secrets_are_masked() -> None:
             None,
             {
                 "security.cluster_secret": "s" * 20,
-                "redis.url": "redis://:password@host:6379",
+                "redis.url": "redis://:hunter2@host:6379",
                 "router.http.api_keys": ["key-of-a-client"],
                 "router.tenants": [{"name": "acme", "api_keys": ["key-of-a-tenant"]}],
             },
         )
     )
-    for secret in ("s" * 20, "password", "key-of-a-client", "key-of-a-tenant"):
+    for secret in ("s" * 20, "hunter2", "key-of-a-client", "key-of-a-tenant"):
         assert secret not in text
     assert text.count("********") == 4
     yaml.safe_load(text)

@@ -125,6 +125,14 @@ def parse_node(text: str, default_port: int) -> tuple[str, int]:
     return host, port
 
 
+def with_credentials(url: str, username: str | None, password: str | None) -> str:
+    """The URL of one server with user and password put into it."""
+    if not username and not password:
+        return url
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{quote(username or '', safe='')}:{quote(password or '', safe='')}@{rest}"
+
+
 def _partitions(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= MAX_PARTITIONS:
         raise ValueError(f"partitions is {text!r}: must be a number from 1 to {MAX_PARTITIONS}")
