@@ -201,6 +201,32 @@ def _watch_status(console: Console, url: str, api_key: str | None) -> None:
 
 
 @app.command()
+def explain(
+    request_id: Annotated[
+        str, typer.Argument(metavar="REQUEST_ID", help="The id in an answer, or: last.")
+    ] = "last",
+    url: Url = None,
+    cluster: ClusterName = None,
+    api_key: ApiKey = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what the router says, as JSON.")] = False,
+) -> None:
+    """Show why a request went to its workers, what each would have cost, and what took how long."""
+    import json
+
+    from cluster.explain_view import ExplainError, fetch_explanation, render_explanation
+
+    with _told(ExplainError):
+        found = fetch_explanation(_find_url(url, cluster), request_id, api_key)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=200)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        console.print(render_explanation(found))
+
+
+@app.command()
 def chat(
     url: Url = None,
     cluster: ClusterName = None,

@@ -6,6 +6,9 @@ back, exactly once, wherever the attempt ended. Any way to fail is one exception
 
 from __future__ import annotations
 
+import time
+
+from router.explain import Step
 from router.inbox import Event, Inbox, LinkLost
 from router.load import Booking
 from router.worker_link import WorkerLink
@@ -47,17 +50,21 @@ class Attempt:
         work: Work,
         decode: WorkerLink,
         booking: Booking,
+        step: Step,
         *,
         transfer_id: str,
         lease_s: float,
         answer_timeout_s: float,
         stall_timeout_s: float,
     ) -> None:
-        """`booking` (on D) is released with the attempt. Seconds: D's answer to Reserve, silence after it."""
+        """`booking` (on D) is released with the attempt; `step` is told when what happened.
+
+        Seconds: D's answer to Reserve, silence after it.
+        """
         self.work = work
         self.decode = decode
         self.prefill: WorkerLink | None = None
-        self.prefill_done: PrefillDone | None = None
+        self.step = step
         self.taken = False  # D said yes
         self.started = False  # D has sent a token
         self._booking = booking
@@ -85,6 +92,8 @@ class Attempt:
 
         `holder`: who has a longer prefix than D.
         """
+        times = self.step.times
+        times.asked = time.monotonic()
         self.decode.open(self.wire_id, self._inbox)
         self._decode_holds = True
         self.decode.send(
@@ -100,6 +109,7 @@ class Attempt:
         if not isinstance(event, Ticketed | Accepted):
             raise self._breach(f"{type(event).__name__} came before an answer to Reserve")
         self.taken = True
+        times.answered = time.monotonic()
         return event.ticket if isinstance(event, Ticketed) else None
 
     def hand_over(self, prefill: WorkerLink, ticket: Ticket, holder: PrefixHolder | None = None) -> None:
@@ -124,6 +134,7 @@ class Attempt:
             raise AttemptFailed("token_gap", self.decode, message)
         if not self.started:
             self.started = True
+            self.step.times.first_token = time.monotonic()
             self._prefill_holds = False  # D has committed: every block has arrived, P is done
             self._end_prefill_booking()
         if event.finish_reason is not None:
@@ -164,7 +175,7 @@ class Attempt:
                 self._judge(link, event)
             elif isinstance(event, PrefillDone):
                 self._prefill_holds = False
-                self.prefill_done = event
+                self.step.times.prefill = event
             else:
                 return event
 
@@ -174,7 +185,7 @@ class Attempt:
         blamed, suspect = link, None
         if link is self.prefill:
             self._prefill_holds = False
-            if self.started or self.prefill_done is not None:
+            if self.started or self.step.times.prefill is not None:
                 return
         else:
             self._decode_holds = False

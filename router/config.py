@@ -119,6 +119,9 @@ class PolicyConfig(Section):
         "cached; null: credit does not depend on load",
     )
     heat_window_s: float = Field(10.0, gt=0, description="seconds over which these requests are averaged")
+    keep_decisions: int = Field(
+        512, ge=0, description="requests that a router can explain (`headrace explain`), the last ones"
+    )
     host_bytes_per_s: float = Field(
         4e9, gt=0, description="rate of KV blocks between workers of one host, until it is measured"
     )

@@ -17,8 +17,9 @@ from router.attempt import Attempt, AttemptFailed
 from router.config import RouterConfig
 from router.discovery import Discovery
 from router.dispatch_metrics import DispatchMetrics, default_metrics
+from router.explain import Decisions, Trace
 from router.fleet import Fleet
-from router.generation import Generation, InvalidRequest, ModelInfo, TokenChunk, Unavailable
+from router.generation import Generation, GenerationError, InvalidRequest, ModelInfo, TokenChunk, Unavailable
 from router.load import LoadBook
 from router.member_status import describe
 from router.policies import open_policy
@@ -58,6 +59,7 @@ class Dispatcher:
         self.metrics = metrics or default_metrics()
         self.book = LoadBook(window_s=config.policy.heat_window_s)
         self.index = PrefixIndex()
+        self.decisions = Decisions(config.policy.keep_decisions, config.policy.name)
         self.admission = Admission(config.admission)
         self._policy = open_policy(config.policy, rng or random.Random())
         self._fetch_min_tokens = config.policy.fetch_min_tokens
@@ -101,6 +103,7 @@ class Dispatcher:
         `finally` releases it; what was streamed so far is in `request`, and the next round goes on from there.
         """
         request = Request(generation)
+        trace = self.decisions.open(generation.request_id, len(generation.prompt))
         turn: Turn | None = None
         self._in_flight += 1
         try:
@@ -110,11 +113,11 @@ class Dispatcher:
                 try:
                     turn = turn or self._enter(request)
                     await turn.mine()
-                    choice = self._choose(request)
+                    choice = self._choose(request, trace)
                     if choice is None:
                         await self._wait(request, turn)
                         continue
-                    attempt = self._book(request, choice)
+                    attempt = self._book(request, choice, trace)
                     holder = self._holder(choice.demand, attempt.decode)
                     ticket = await attempt.reserve(choice.local_prefill_max, holder)
                     self._placed(request, turn)
@@ -128,13 +131,20 @@ class Dispatcher:
                             yield chunk
                 except AttemptFailed as failure:
                     outcome = failure.code
+                    trace.failed(failure.message)
                     self._learn(request, failure)
                 finally:
                     if attempt is not None:
                         self._release(attempt, outcome)
+                        trace.left(outcome)
+        except GenerationError as error:
+            trace.ended(error.kind, error.message)
+            raise
         finally:
             if turn is not None:
                 turn.leave()
+            trace.output_tokens = len(request.output)
+            trace.ended(request.finish_reason or "cancelled")
             self._in_flight -= 1
 
     def _enter(self, request: Request) -> Turn:
@@ -152,11 +162,11 @@ class Dispatcher:
             request.begin(reference)
         return bool(request.hash_root)
 
-    def _choose(self, request: Request) -> Choice | None:
+    def _choose(self, request: Request, trace: Trace) -> Choice | None:
         """None: no decode worker can be given the request now."""
         if not self._begin(request):
             return None
-        now = time.monotonic()
+        now = trace.choosing()
         excluded, avoided = request.excluded_now(now), request.avoided_now(now)
         demand, views = self._demand(request), self.fleet.views(request.hash_root)
         choice = self._policy.choose(demand, views, excluded | avoided)
@@ -181,7 +191,7 @@ class Dispatcher:
             request.token_bytes,
         )
 
-    def _book(self, request: Request, choice: Choice) -> Attempt:
+    def _book(self, request: Request, choice: Choice, trace: Trace) -> Attempt:
         decode = self.fleet.link(choice.decode.worker_id)
         assert decode is not None, "the policy chose among live workers"
         attempt = Attempt(
@@ -189,6 +199,7 @@ class Dispatcher:
             request.work(f"{request.generation.request_id}#{self.router_id}-{next(self._serials)}"),
             decode,
             self.book.book(decode.worker_id, decode_blocks=request.num_blocks),
+            trace.chosen(choice, len(request.output)),
             transfer_id=uuid.uuid4().hex,
             lease_s=self._lease_s,
             answer_timeout_s=self._answer_timeout_s,
@@ -215,6 +226,7 @@ class Dispatcher:
     ) -> None:
         """D's answer decides, whatever the index believed: a ticket needs a P, no ticket needs none."""
         if ticket is None:
+            attempt.step.prefill = attempt.decode.worker_id
             self.metrics.prefills.labels("local").inc()
             self._book_prefill(attempt, choice.decode)
             self._note_routed(request, attempt.decode)
@@ -228,6 +240,7 @@ class Dispatcher:
         if prefill is None or link is None:
             message = f"{attempt.decode.worker_id} wants {ticket.num_blocks - ticket.first_block} blocks"
             raise AttemptFailed("no_prefill", None, f"{message}, and no prefill worker is left")
+        attempt.step.prefill = prefill.worker_id
         self.metrics.prefills.labels("remote").inc()
         self._book_prefill(attempt, prefill)
         attempt.hand_over(link, ticket, self._holder(choice.demand, link))
@@ -278,7 +291,8 @@ class Dispatcher:
     def _release(self, attempt: Attempt, outcome: str) -> None:
         attempt.release()
         self.metrics.placements.labels(outcome).inc()
-        done = attempt.prefill_done
+        self.metrics.stages(attempt.step)
+        done = attempt.step.times.prefill
         if done is not None:
             self.metrics.transfer_seconds.observe(done.transfer_s)
             self.metrics.transfer_bytes.labels(done.channel).inc(done.transfer_bytes)
@@ -311,6 +325,13 @@ class Dispatcher:
                 for member in sorted(self.fleet.members(), key=lambda m: m.info.worker_id)
             ],
         }
+
+    def explain(self, request_id: str) -> dict[str, Any] | None:
+        """What `headrace explain --json` prints. None: this replica has not seen the request, or forgot it."""
+        traces = self.decisions.of(request_id)
+        if not traces:
+            return None
+        return {"router_id": self.router_id, "requests": [trace.as_dict() for trace in traces]}
 
     async def worker_metrics(self) -> list[bytes]:
         """Prometheus text of each connected worker; one that does not answer in time is left out."""

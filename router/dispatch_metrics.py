@@ -6,6 +6,7 @@ from functools import cache
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from router.explain import Step
 from router.prefix_index import PrefixIndex
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -34,6 +35,14 @@ class DispatchMetrics:
             "headrace_dispatch_prefills",
             "Placements by where the prompt is computed: local (on the decode worker) or remote.",
             ["where"],
+            registry=registry,
+        )
+        self._stage_seconds = Histogram(
+            "headrace_dispatch_stage_seconds",
+            "The way to a placement's first token, in stages: queue, choose, reserve and first_token follow each other; "
+            "prefill_queue, prefill and transfer are parts of first_token. `where` the prompt is computed.",
+            ["stage", "where"],
+            buckets=(0.0001, 0.00025, 0.0005, *_SECONDS),
             registry=registry,
         )
         self.transfer_seconds = Histogram(
@@ -67,6 +76,13 @@ class DispatchMetrics:
             "headrace_index_gaps", "Lost batches noticed in the index log.", registry=registry
         )
         self.snapshots = Counter("headrace_index_snapshots", "Snapshots of workers read.", registry=registry)
+
+    def stages(self, step: Step) -> None:
+        """Of a placement that came to its first token."""
+        if step.times.first_token is not None:
+            where = "local" if step.local else "remote"
+            for stage, seconds in step.seconds():
+                self._stage_seconds.labels(stage, where).observe(seconds)
 
     def observe_index(self, index: PrefixIndex, approximate: bool) -> None:
         self.index_blocks.set(len(index))

@@ -106,5 +106,8 @@ class Dispatcher(Protocol):
     async def status(self) -> dict[str, Any]:
         """Pools, workers, epochs, blocks, hit rates: what `headrace status --json` prints."""
 
+    def explain(self, request_id: str) -> dict[str, Any] | None:
+        """Why it went where it went: what `headrace explain --json` prints. None: not known here."""
+
     async def worker_metrics(self) -> list[bytes]:
         """Prometheus text of each connected worker."""

@@ -6,12 +6,14 @@ import asyncio
 import logging
 
 import msgspec
+from fastapi import Request
 from prometheus_client import REGISTRY
 from starlette.responses import Response
 
 from router.generation import Unavailable
 from router.http.exposition import CONTENT_TYPE, merge
 from router.http.front import Front
+from router.refusal import Refusal, shown
 from router.sessions import restarting
 
 logger = logging.getLogger(__name__)
@@ -57,3 +59,17 @@ class Operations:
         """What `headrace status` prints."""
         status = await self._front.dispatcher.status()
         return Response(msgspec.json.encode(status), media_type="application/json")
+
+    async def explain(self, request: Request) -> Response:
+        """What `headrace explain` prints: why a request went where it went."""
+        request_id = request.path_params["request_id"]
+        found = self._front.dispatcher.explain(request_id)
+        if found is None:
+            raise Refusal(
+                f"this router does not know request {shown(request_id)}: it keeps the last ones only "
+                "(router.policy.keep_decisions), and every replica its own",
+                "request_id",
+                code="request_not_found",
+                status=404,
+            )
+        return Response(msgspec.json.encode(found), media_type="application/json")

@@ -12,6 +12,7 @@ from router.chat.answer import Piece
 from router.generation import GenerationError
 from router.http.collected import Collected
 from router.http.errors import error_event, error_response
+from router.http.explained import explaining
 from router.http.front import Front
 from router.http.plan import Plan
 from router.http.usage import Usage
@@ -60,6 +61,7 @@ class Reply(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record = self._front.metrics.request(self._plan.model.name, self._api, self._arrived)
         outcome = "cancelled"  # what remains when this task itself is cancelled
+        send = explaining(scope, send, self._front.dispatcher, self._plan.request_id)
         writer = (
             _Stream(self._plan, self._form, send)
             if self._plan.stream

@@ -27,6 +27,7 @@ class FakeDispatcher:
         self.error_after = 0  # tokens
         self.script: Script | None = None
         self.expositions: list[bytes] = []
+        self.explained: dict[str, dict[str, Any]] = {}
         self.asked: list[Generation] = []
         self.open = 0
         self.closed_early: list[str] = []
@@ -39,6 +40,9 @@ class FakeDispatcher:
 
     async def status(self) -> dict[str, Any]:
         return {"workers": [{"worker_id": "d0", "epoch": 1}]}
+
+    def explain(self, request_id: str) -> dict[str, Any] | None:
+        return self.explained.get(request_id)
 
     async def worker_metrics(self) -> list[bytes]:
         return self.expositions
