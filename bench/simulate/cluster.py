@@ -20,6 +20,8 @@ from workers.protocol.tiers import Removed
 
 _MIN_SAMPLE_S = 0.5
 _SAMPLES = 150
+_LOOK_EVERY = 1000  # events
+_STUCK_S = 1000.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,17 @@ class ClusterConfig:
                 )
 
 
+def check_fits(number: int, asked: Asked, config: ClusterConfig) -> None:
+    """Raise ValueError for a request that some worker could never hold: a router would refuse it."""
+    tokens = asked.prompt_tokens + asked.output_tokens
+    for limits in (config.limits, config.prefill_limits or config.limits):
+        if tokens > limits.num_blocks * limits.block_size:
+            raise ValueError(
+                f"request {number} has {tokens} tokens, the KV cache of a worker holds "
+                f"{limits.num_blocks * limits.block_size}"
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     at_s: float
@@ -81,6 +94,8 @@ class Cluster:
     """Runs one trace once."""
 
     def __init__(self, config: ClusterConfig, trace: Sequence[Asked]) -> None:
+        for number, asked in enumerate(trace):
+            check_fits(number, asked, config)
         self.config = config
         self.timeline = Timeline()
         self.jobs = [Job(number, asked, config.limits.block_size) for number, asked in enumerate(trace)]
@@ -95,6 +110,9 @@ class Cluster:
         self._next = 0  # in a saturated run: the next first turn
         self._unplaced = 0
         self._keep_waiting = 0
+        self._in_flight = 0
+        self._moved: tuple[int, ...] = ()
+        self._moved_s = 0.0
         total = config.prefill + config.decode
         names = {self._name(number): number for number in range(total)}
         self.network = Network(self.timeline, config.wires, names)
@@ -104,8 +122,10 @@ class Cluster:
                 self.network,
                 config.router,
                 make(config.policy, config.router.policy, random.Random(f"{config.seed}/policy/{number}")),
+                random.Random(f"{config.seed}/roster/{number}"),
                 exact=config.policy == ORACLE,
                 block_size=config.limits.block_size,
+                token_bytes=config.cost.kv_token_bytes,
                 fetching=config.fetching,
                 on_placed=self._placed,
                 on_end=self._ended,
@@ -115,7 +135,7 @@ class Cluster:
         ]
         for number in range(total):
             self.workers.append(self._new_worker(number, epoch=1))
-            self._register(number)
+            self._register(self.workers[number])
         for job in self.jobs:
             if job.asked.after is not None:
                 self._followers.setdefault(job.asked.after, []).append(job)
@@ -149,9 +169,19 @@ class Cluster:
         heartbeat_s = self.config.router.heartbeat_s
         for number in range(len(self.workers)):
             self.timeline.at(self._rng.random() * heartbeat_s, self._beat, number)
-        self.timeline.run(lambda: self._open > 0)
-        if self._open:
-            raise RuntimeError(f"{self._open} requests never ended; nothing is left to happen")
+        self.timeline.run(self._goes_on)
+
+    def _goes_on(self) -> bool:
+        """While requests are open. Heartbeats never end: raises RuntimeError when nothing else has happened for long."""
+        if self._open <= 0:
+            return False
+        if self.timeline.num_events % _LOOK_EVERY == 0:
+            done = (self._open, sum(w.output_tokens + w.prompt_tokens for w in self.workers), len(self.past))
+            if self._in_flight and done == self._moved and self.timeline.now - self._moved_s > _STUCK_S:
+                raise RuntimeError(f"{self._open} requests make no progress, at {self.timeline.now:.0f} s")
+            if done != self._moved or not self._in_flight:
+                self._moved, self._moved_s = done, self.timeline.now
+        return True
 
     def settle(self, seconds: float = 2.0) -> None:
         """Let what is under way arrive: afterwards indexes hold what workers hold."""
@@ -178,6 +208,7 @@ class Cluster:
 
     def _arrive(self, job: Job) -> None:
         job.arrived_s = self.timeline.now
+        self._in_flight += 1
         self._unplaced += 1
         self.routers[job.number % len(self.routers)].arrive(job)
 
@@ -187,6 +218,7 @@ class Cluster:
 
     def _ended(self, job: Job) -> None:
         self._open -= 1
+        self._in_flight -= 1
         if not job.placements:
             self._unplaced -= 1
         for follower in self._followers.get(job.number, ()):
@@ -233,9 +265,10 @@ class Cluster:
         )
         return worker
 
-    def _register(self, number: int) -> None:
-        for router in self.routers:
-            router.joined(self.workers[number])
+    def _register(self, worker: Worker) -> None:
+        if worker.alive:
+            for router in self.routers:
+                router.joined(worker)
 
     def _cache_changed(self, worker: Worker) -> None:
         publisher = self.publishers[worker.worker_id]
@@ -278,7 +311,7 @@ class Cluster:
 
     def _restart(self, number: int) -> None:
         self.workers[number] = self._new_worker(number, self.workers[number].epoch + 1)
-        self.timeline.after(self._rng.random() * POLL_S, self._register, number)
+        self.timeline.after(self._rng.random() * POLL_S, self._register, self.workers[number])
 
     def _went_away(self) -> None:
         self._redis_away = True

@@ -12,6 +12,7 @@ from typing import Any
 
 from bench.simulate.timeline import Timeline
 from bench.simulate.worker import ROOT, Seq, Worker
+from workers.protocol.messages import PeerStatus
 
 _LOAD_DEADLINE_S = 2.0  # as PrefixLoader's: then the request goes on without
 
@@ -43,9 +44,11 @@ class Network:
         self._sending_until: dict[str, float] = {}
         self._receiving_until: dict[str, float] = {}
 
+    def host(self, worker_id: str) -> str:
+        return f"node{self._places[worker_id] // self.wires.workers_per_node}"
+
     def rate(self, source: str, target: str) -> float:
-        size = self.wires.workers_per_node
-        same = self._places[source] // size == self._places[target] // size
+        same = self.host(source) == self.host(target)
         return self.wires.node_bytes_per_s if same else self.wires.bytes_per_s
 
     def send(
@@ -92,7 +95,11 @@ class HandOver:
         self._sent += count
         num_bytes = count * size * self._prefill.cost.kv_token_bytes
         arrived = self._arrived if last else self._ignore
-        self._network.send(self._prefill.worker_id, self._decode.worker_id, num_bytes, arrived)
+        source, target = self._prefill, self._decode.worker_id
+        self._network.send(source.worker_id, target, num_bytes, arrived)
+        if target not in source.peers:
+            rate = self._network.rate(source.worker_id, target)
+            source.peers[target] = PeerStatus("simulated", 1, 0, rate)
 
     @staticmethod
     def _ignore() -> None:

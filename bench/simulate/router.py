@@ -6,26 +6,28 @@ token and of their end.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.simulate.jobs import Job
-from bench.simulate.line import Entry, Line
 from bench.simulate.network import HandOver, Network, fetch
-from bench.simulate.policies import RoundRobin, fetch_from
 from bench.simulate.timeline import Timeline
 from bench.simulate.worker import ROUTER_BLOCK, Seq, Worker
+from router.admission.line import Entry, Line
 from router.config import RouterConfig
 from router.generation import GenerationError
 from router.load import Booking, LoadBook
-from router.policy import Choice, Demand, Policy, WorkerView
+from router.policy import Choice, Demand, Policy, Score, WorkerView, fetch_from
 from router.prefix_index import CachedPrefix, PrefixIndex
-from workers.protocol.messages import IndexBatch, Load
+from router.roster import Listed, Roster, Sorts, Usable
+from workers.protocol.messages import IndexBatch, KvLayout, Load, WorkerInfo
 from workers.protocol.tiers import Removed
 
 _EXCLUDED_S = 1.0
 POLL_S = 0.25  # between two looks at the registry
+_MODEL = bytes(16)  # hash root: there is one model
 
 
 @dataclass(slots=True, eq=False)
@@ -78,10 +80,12 @@ class Router:
         timeline: Timeline,
         network: Network,
         config: RouterConfig,
-        policy: Policy | RoundRobin,
+        policy: Policy,
+        rng: random.Random,
         *,
         exact: bool,
         block_size: int,
+        token_bytes: float,
         fetching: bool,
         on_placed: Callable[[Job], None],
         on_end: Callable[[Job], None],
@@ -89,7 +93,7 @@ class Router:
     ) -> None:
         """`exact`: the policy sees caches and queues themselves. `read_snapshot`: (epoch, seq, held) of a worker."""
         self.index = PrefixIndex()
-        self.book = LoadBook()
+        self.book = LoadBook(clock=lambda: timeline.now, window_s=config.policy.heat_window_s)
         self.line = Line(config.admission)
         self.links: dict[str, Link] = {}
         self.decision_s: list[float] = []  # real seconds: look-up, views and policy
@@ -100,8 +104,11 @@ class Router:
         self._message_s = network.wires.message_s
         self._config = config
         self._policy = policy
+        standing = policy.standing if isinstance(policy, Sorts) else None
+        self._roster = Roster(self.book, standing, rng)
         self._exact = exact
         self._block_size = block_size
+        self._token_bytes = int(token_bytes)
         self._fetching = fetching
         self._on_placed = on_placed
         self._on_end = on_end
@@ -114,6 +121,7 @@ class Router:
     def joined(self, worker: Worker) -> None:
         """It has registered, and its link is up."""
         self.links[worker.worker_id] = Link(worker)
+        self._roster.enlist(self._info(worker))
         self.snapshot(worker.worker_id)
         self.heard(worker, Load(free_blocks=worker.limits.num_blocks * self._scale(worker)))
 
@@ -123,6 +131,7 @@ class Router:
         if link is None or link.worker is not worker:
             return
         del self.links[worker.worker_id]
+        self._roster.strike(worker.worker_id)
         self.book.forget(worker.worker_id)
         self.index.drop(worker.worker_id)
         for attempt in list(self._attempts):
@@ -178,7 +187,7 @@ class Router:
     def arrive(self, job: Job) -> None:
         entry = Entry(
             need_blocks=job.known_tokens // ROUTER_BLOCK + 1,
-            work=float(job.known_tokens),
+            work=lambda: self._work(job),
             resumed=job.placements > 0,
         )
         self._entries[entry] = job
@@ -187,6 +196,11 @@ class Router:
                 self._place(entry)
         except GenerationError:
             self._refused(entry)
+
+    def _work(self, job: Job) -> float:
+        found = self.index.match(job.hashes(self._block_size)).values()
+        cached = max((prefix.blocks for prefix in found), default=0) * self._block_size
+        return max(job.known_tokens - cached, 0) + job.asked.output_tokens - job.done
 
     def _place(self, entry: Entry) -> None:
         """It is let try."""
@@ -199,7 +213,7 @@ class Router:
         seq = Seq(job, self._block_size, self._timeline.now)
         booking = self.book.book(choice.decode.worker_id, decode_blocks=job.known_tokens // ROUTER_BLOCK + 1)
         attempt = Attempt(job, entry, choice, link.worker, seq, booking)
-        self._book_prefill(attempt, (choice.prefill or choice.decode).worker_id, choice)
+        self._book_prefill(attempt, choice.prefill or choice.decode)
         self._attempts[attempt] = None
         self._timeline.after(self._message_s, self._reserve, attempt)
 
@@ -215,21 +229,35 @@ class Router:
     def _demand(self, job: Job) -> Demand:
         hashes = job.hashes(self._block_size)
         found = self._look(hashes) if self._exact else self.index.match(hashes)
-        return Demand(job.known_tokens, self._block_size, found)
+        return Demand(job.known_tokens, self._block_size, found, self._token_bytes)
 
-    def views(self) -> list[WorkerView]:
+    def views(self) -> Usable | Listed:
         if self._exact:
-            return [self._exact_view(link.worker) for link in self.links.values() if not link.busy]
-        return [
-            WorkerView(
-                worker_id=worker_id,
-                role=link.worker.role,
-                queued_prefill_tokens=self.book.queued_prefill_tokens(worker_id),
-                active_blocks=self.book.active_blocks(worker_id),
-            )
-            for worker_id, link in self.links.items()
-            if not link.busy
-        ]
+            seen = [self._exact_view(link.worker) for link in self.links.values() if not link.busy]
+            return Listed(seen, lambda view, pool: 0.0, random.Random(0))
+        return self._roster.views(_MODEL, self._is_usable)
+
+    def _is_usable(self, worker_id: str) -> bool:
+        link = self.links.get(worker_id)
+        return link is not None and not link.busy
+
+    def _info(self, worker: Worker) -> WorkerInfo:
+        limits = worker.limits
+        return WorkerInfo(
+            worker_id=worker.worker_id,
+            epoch=worker.epoch,
+            role=worker.role,
+            address=f"{self._network.host(worker.worker_id)}:1",
+            model="simulated",
+            layout=KvLayout(1, 1, 1, limits.block_size, "bfloat16", ""),
+            hash_root=_MODEL,
+            num_blocks=limits.num_blocks,
+            max_model_len=limits.num_blocks * limits.block_size,
+            max_num_seqs=limits.max_num_seqs,
+            vocab_size=1,
+            device="simulated",
+            pid=0,
+        )
 
     def _exact_view(self, worker: Worker) -> WorkerView:
         load = worker.load()
@@ -271,7 +299,7 @@ class Router:
             self._place(entry)
 
     def _room(self, free_blocks: int) -> None:
-        woken = self.line.room(free_blocks, self._timeline.now)
+        woken = self.line.room(free_blocks, self._timeline.now) if free_blocks > 0 else []
         self._drop_late()
         self._try_all(woken)
 
@@ -365,7 +393,7 @@ class Router:
         job.worker = attempt.decode.worker_id
         if first_block is None:
             if attempt.seq.done == job.done:  # its first token is not there yet
-                self._book_prefill(attempt, attempt.decode.worker_id, attempt.choice)
+                self._book_prefill(attempt, attempt.choice.decode)
             self._note_routed(job, attempt.decode)
             return
         self._start_prefill(attempt, first_block)
@@ -380,7 +408,7 @@ class Router:
             self._failed(attempt, None)
             return
         prefill = self.links[score.worker_id].worker
-        attempt.book_prefill(self.book.book(score.worker_id, prefill_tokens=score.uncached_tokens))
+        self._book_prefill(attempt, score)
         read = Seq(job, self._block_size, now, prefill_only=True)
         attempt.prefill, attempt.read = prefill, read
         HandOver(self._network, prefill, read, attempt.decode, attempt.seq, first_block, lambda: None)
@@ -460,14 +488,17 @@ class Router:
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
-    def _book_prefill(self, attempt: Attempt, worker_id: str, choice: Choice) -> None:
-        score = choice.prefill if choice.prefill and choice.prefill.worker_id == worker_id else choice.decode
-        attempt.book_prefill(self.book.book(worker_id, prefill_tokens=score.uncached_tokens))
+    def _book_prefill(self, attempt: Attempt, score: Score) -> None:
+        elsewhere = score.worker_id != attempt.decode.worker_id
+        attempt.book_prefill(
+            self.book.book(score.worker_id, prefill_tokens=score.uncached_tokens, requests=int(elsewhere))
+        )
 
     def _holder(self, demand: Demand, worker: Worker) -> tuple[Worker, int] | None:
         if not self._fetching:
             return None
-        found = fetch_from(self._policy, demand, worker.worker_id, lambda other: other in self.links)
+        least = self._config.policy.fetch_min_tokens
+        found = fetch_from(demand, worker.worker_id, lambda other: other in self.links, least)
         return None if found is None else (self.links[found[0]].worker, found[1])
 
     def _note_routed(self, job: Job, worker: Worker) -> None:

@@ -18,12 +18,12 @@ from bench.simulate.cost import StepCost
 from bench.simulate.jobs import Job
 from bench.simulate.timeline import Event, Timeline
 from workers.engine.block_pool import BlockPool
-from workers.protocol.messages import Load, Role
+from workers.protocol.messages import Load, PeerStatus, Role
 
 ROOT = bytes(16)  # the parent of a first block
-ROUTER_BLOCK = (
-    16  # tokens: blocks are told to the router in this unit, so that its weights mean what they always mean
-)
+# Tokens: blocks are told to the router in this unit, so that its weights mean what they always mean.
+ROUTER_BLOCK = 16
+_SMOOTHING = 0.2  # weight of the newest step, in what a worker tells of its pace
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,8 @@ class Worker:
         self.prompt_tokens = 0  # computed
         self.output_tokens = 0  # sampled
         self.told_busy = False
+        self.peers: dict[str, PeerStatus] = {}  # to whom it has sent
+        self.prefill_token_s = self.decode_step_s = 0.0  # measured lately, as the engine does
         self.fills: list[list[int]] = []  # blocks held by those who load them, or send them elsewhere
         self._timeline = timeline
         self._on_cache = on_cache
@@ -264,6 +266,9 @@ class Worker:
             prompt_tokens=self.prompt_tokens,
             output_tokens=self.output_tokens,
             preemptions=self.preemptions,
+            prefill_token_s=self.prefill_token_s,
+            decode_step_s=self.decode_step_s,
+            peers=self.peers,
         )
 
     def holds(self, block_hash: bytes) -> bool:
@@ -299,7 +304,9 @@ class Worker:
     def _take_steps(self, segment: _Segment, ended: int) -> None:
         steps = ended - segment.taken
         if steps > 0:
-            self.busy_s += segment.end_of(ended) - segment.end_of(segment.taken)
+            taken_s = segment.end_of(ended) - segment.end_of(segment.taken)
+            self.busy_s += taken_s
+            self.decode_step_s = _smooth(self.decode_step_s, taken_s / steps, steps)
             segment.taken = ended  # first: what follows from it may ask again
             self._advance(steps)
 
@@ -375,6 +382,10 @@ class Worker:
                 pairs += count * (seq.computed + count / 2)
             seconds = self.cost.step_s(tokens, pairs, self._num_decoding, self._context)
             self.busy_s += seconds
+            samples = self._num_decoding + sum(seq.computed + count >= seq.known for seq, count in chunks)
+            if tokens + self._num_decoding - samples >= max(samples, self._size):
+                now = seconds / (tokens + self._num_decoding)
+                self.prefill_token_s = _smooth(self.prefill_token_s, now, 1)
             self._chunks = chunks
             self._step = self._timeline.after(seconds, self._step_ended)
         elif self._num_decoding:
@@ -596,3 +607,8 @@ class Worker:
     def tables(self) -> list[list[int]]:
         """For BlockPool.check at rest: nothing is reserved, and nothing is being sent."""
         return [*(seq.table for seq in self.running), *self.fills]
+
+
+def _smooth(before: float, now: float, times: int) -> float:
+    """Engine._observe_pace, so many times the same."""
+    return now + (before - now) * (1 - _SMOOTHING) ** times if before else now
