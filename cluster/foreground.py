@@ -113,7 +113,7 @@ class Foreground:
         if address.grpc:
             say(f"  gRPC  {address.grpc}", soft_wrap=True)
         say("  try it:\n", soft_wrap=True)
-        say(curl_line(address, bool(self._config.router.http.api_keys)), markup=False, soft_wrap=True)
+        say(curl_line(address, self._config.router.wants_keys), markup=False, soft_wrap=True)
         say("\n  Ctrl-C stops everything.", soft_wrap=True)
 
     # --- the end -----------------------------------------------------------------------------------------------------

@@ -65,7 +65,9 @@ class Router:
             redis_url=settings.redis_url,
             lease_s=settings.lease_s,
         )
-        self._server = RouterServer(self._dispatcher, prepare_model(settings.model).path, settings.router)
+        self._server = RouterServer(
+            self._dispatcher, prepare_model(settings.model).path, settings.router, settings.secret
+        )
 
     async def start(self) -> None:
         await self._dispatcher.start()

@@ -27,6 +27,7 @@ from router.policy import Choice, Demand, Score, fetch_from
 from router.prefix_index import PrefixIndex
 from router.request import Request
 from router.roster import Sorts
+from router.tenants import shares
 from router.worker_link import LinkDown, WorkerLink
 from workers.protocol.messages import PrefixHolder, StatusReply, Ticket
 
@@ -60,7 +61,7 @@ class Dispatcher:
         self.book = LoadBook(window_s=config.policy.heat_window_s)
         self.index = PrefixIndex()
         self.decisions = Decisions(config.policy.keep_decisions, config.policy.name)
-        self.admission = Admission(config.admission)
+        self.admission = Admission(config.admission, shares(config), self.metrics)
         self._policy = open_policy(config.policy, rng or random.Random())
         self._fetch_min_tokens = config.policy.fetch_min_tokens
         self.fleet = Fleet(
@@ -83,6 +84,8 @@ class Dispatcher:
         self._serials = itertools.count(1)
         self._in_flight = 0
         self.metrics.waiting.set_function(lambda: self.admission.waiting)
+        for tenant in shares(config):
+            self.metrics.waiting_of(tenant, self.admission.waiting_of)
         self.metrics.in_flight.set_function(lambda: self._in_flight)
 
     async def start(self) -> None:
@@ -105,6 +108,7 @@ class Dispatcher:
         request = Request(generation)
         trace = self.decisions.open(generation.request_id, len(generation.prompt))
         turn: Turn | None = None
+        placed_at: float | None = None  # while the first token of a placement is awaited
         self._in_flight += 1
         try:
             while request.finish_reason is None:
@@ -121,10 +125,13 @@ class Dispatcher:
                     holder = self._holder(choice.demand, attempt.decode)
                     ticket = await attempt.reserve(choice.local_prefill_max, holder)
                     self._placed(request, turn)
-                    turn = None
+                    turn, placed_at = None, time.monotonic()
                     self._start_prefill(request, attempt, choice, ticket)
                     while request.finish_reason is None:
                         chunk = request.accept(await attempt.next_delta(len(request.output)))
+                        if placed_at is not None:
+                            self.admission.first_token(time.monotonic() - placed_at)
+                            placed_at = None
                         if request.finish_reason is not None:
                             outcome = "finished"  # now: the reader need not come back after the last chunk
                         if chunk is not None:
@@ -153,7 +160,18 @@ class Dispatcher:
             priority=request.generation.priority,
             need_blocks=request.num_blocks,
             resumed=request.placements > 0,
+            tenant=request.generation.tenant,
+            deadline=request.generation.deadline,
+            work=lambda: self._work(request),
         )
+
+    def _work(self, request: Request) -> float:
+        """Tokens that workers will compute for it, as far as can be told: what tenants share by."""
+        output = max(request.generation.expected_output - len(request.output), 1)
+        if not request.hash_root:
+            return request.num_tokens + output
+        cached = max((prefix.blocks for prefix in self.index.match(request.hashes()).values()), default=0)
+        return max(request.num_tokens - cached * request.block_size, 0) + output
 
     def _begin(self, request: Request) -> bool:
         """Fix the model that the request runs on. False: there is none yet."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
@@ -63,6 +64,16 @@ class DispatchMetrics:
             registry=registry,
         )
         self.waiting = Gauge("headrace_dispatch_waiting", "Requests that wait for room.", registry=registry)
+        self._tenant_waiting = Gauge(
+            "headrace_tenant_waiting", "Requests that wait for room.", ["tenant"], registry=registry
+        )
+        self._tenant_queue_seconds = Histogram(
+            "headrace_tenant_queue_seconds",
+            "Seconds in the line, of requests that were placed.",
+            ["tenant"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
         self.in_flight = Gauge("headrace_dispatch_in_flight", "Requests not yet ended.", registry=registry)
         self.index_blocks = Gauge(
             "headrace_index_blocks", "Distinct block hashes in the prefix index.", registry=registry
@@ -76,6 +87,13 @@ class DispatchMetrics:
             "headrace_index_gaps", "Lost batches noticed in the index log.", registry=registry
         )
         self.snapshots = Counter("headrace_index_snapshots", "Snapshots of workers read.", registry=registry)
+
+    def waiting_of(self, tenant: str, count: Callable[[str], int]) -> None:
+        """Tenants are those of the configuration: label values stay few."""
+        self._tenant_waiting.labels(tenant).set_function(lambda: count(tenant))
+
+    def waited(self, tenant: str, seconds: float) -> None:
+        self._tenant_queue_seconds.labels(tenant).observe(seconds)
 
     def stages(self, step: Step) -> None:
         """Of a placement that came to its first token."""

@@ -15,6 +15,8 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from router.admission.quota import Permit
+
 _TTFT_BUCKETS = (
     0.001,
     0.005,
@@ -98,6 +100,18 @@ class RouterMetrics:
             "cached_tokens", "Prompt tokens that no worker had to compute", registry
         )
         self._generation_tokens = _counter("generation_tokens", "Tokens generated", registry)
+        self._refusals = Counter(
+            "headrace_tenant_refusals",
+            "Requests turned away or given up by admission: the tenant's limits, the queue, deadlines",
+            ["tenant", "reason"],
+            registry=registry,
+        )
+        self._tenant_tokens = Counter(
+            "headrace_tenant_tokens",
+            "Tokens by tenant, as its limits count them",
+            ["tenant", "kind"],
+            registry=registry,
+        )
         self._scrape_errors = Counter(
             "headrace_http_worker_metrics_errors", "Worker metrics that could not be read", registry=registry
         )
@@ -118,6 +132,15 @@ class RouterMetrics:
 
     def scrape_error(self) -> None:
         self._scrape_errors.inc()
+
+    def refused(self, tenant: str, reason: str) -> None:
+        """`tenant` is one of the configured, `reason` that of the error: label values stay few."""
+        self._refusals.labels(tenant, reason).inc()
+
+    def used(self, tenant: str, permit: Permit) -> None:
+        """Of a request that was settled."""
+        self._tenant_tokens.labels(tenant, "prompt").inc(permit.used_prompt_tokens)
+        self._tenant_tokens.labels(tenant, "answer").inc(permit.used_answer_tokens)
 
     def request(self, model_name: str, api: str, arrived: float) -> RequestRecord:
         """`arrived`: time.perf_counter() when the request came in."""

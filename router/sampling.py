@@ -24,6 +24,7 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_CACHE_SALT_CHARS = 256
 MAX_SEQUENCES = 1024  # choices of one request, over all its prompts
 MAX_CHOICES = 128  # of one prompt
+MAX_TIMEOUT_S = 86_400.0
 
 _SEED_MASK = 2**63 - 1
 _INT32 = 2**31
@@ -52,6 +53,7 @@ class AskedSampling(Struct, kw_only=True, forbid_unknown_fields=True):
     return_token_ids: bool | None = None
     cache_salt: str | None = None
     priority: int | None = None
+    timeout: float | None = None  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +151,18 @@ def checked_cache_salt(asked: AskedSampling) -> str:
     return salt
 
 
-def checked_priority(asked: AskedSampling) -> int:
+def checked_priority(asked: AskedSampling) -> int | None:
+    """None: the tenant's own."""
+    if asked.priority is None:
+        return None
     return integer("priority", asked.priority, 0, -_INT32, _INT32 - 1)
+
+
+def checked_timeout(asked: AskedSampling) -> float | None:
+    """Seconds."""
+    if asked.timeout is None:
+        return None
+    return number("timeout", asked.timeout, 0.0, 0.0, MAX_TIMEOUT_S, above=True)
 
 
 def choice_seed(seed: int, choice: int) -> int:

@@ -17,9 +17,9 @@ from router.grpc.server import GrpcServer
 from router.http.app import create_app
 from router.http.connection import BoundedHttpConnection
 from router.http.front import Front
-from router.keys import ApiKeys
 from router.metrics import RouterMetrics
 from router.sessions import Sessions
+from router.tenants import Tenants
 
 DRAIN_S = 2.0
 KEEP_ALIVE_S = 75  # longer than load balancers keep idle connections, so that they close them and not we
@@ -34,13 +34,19 @@ class PortInUse(OSError):
 class RouterServer:
     """Serves one model with `dispatcher` behind it. Start and stop it on the same event loop."""
 
-    def __init__(self, dispatcher: Dispatcher, model_path: Path, config: RouterConfig) -> None:
-        """`model_path`: the directory with tokenizer.json. Raises `TokenizerError` when it cannot be used."""
+    def __init__(
+        self, dispatcher: Dispatcher, model_path: Path, config: RouterConfig, secret: str | None = None
+    ) -> None:
+        """`model_path`: the directory with tokenizer.json. `secret`: the cluster's, for what replicas derive from it.
+
+        Raises `TokenizerError` when the model cannot be used, OSError when a file of API keys cannot.
+        """
         self.metrics = RouterMetrics()
         self.sessions = Sessions()
         self._dispatcher = dispatcher
         self._config = config
         self._prompts = load_prompts(model_path)
+        self._tenants = Tenants(config, secret)
         self._uvicorn: _EmbeddedUvicorn | None = None
         self._http_task: asyncio.Task[None] | None = None
         self._grpc: GrpcServer | None = None
@@ -56,7 +62,9 @@ class RouterServer:
             http_socket.close()
             raise
         self.http_port = http_socket.getsockname()[1]
-        front = Front(self._dispatcher, self._prompts, self.metrics, self.sessions, self._config.http)
+        front = Front(
+            self._dispatcher, self._prompts, self.metrics, self.sessions, self._config.http, self._tenants
+        )
         self._uvicorn = _EmbeddedUvicorn(
             uvicorn.Config(
                 create_app(front),
@@ -107,7 +115,7 @@ class RouterServer:
                 self._prompts,
                 self.metrics,
                 self.sessions,
-                ApiKeys(self._config.http.api_keys),
+                self._tenants,
                 int(self._config.http.max_body),
             )
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import suppress
 from types import TracebackType
 
-from router.generation import GenerationError, Unavailable
+from router.generation import DeadlineExceeded, GenerationError, Unavailable
 
 
 class ClientGone(GenerationError):
@@ -31,11 +32,19 @@ class Session:
         self._error: GenerationError | None = None
         self._task: asyncio.Task[object] | None = None
         self._cancelling = 0
+        self._timer: asyncio.TimerHandle | None = None
 
     def end(self, error: GenerationError) -> None:
         if self._task is not None and self._error is None:
             self._error = error
             self._task.cancel()
+
+    def end_at(self, deadline: float | None) -> None:
+        """With DeadlineExceeded, at this time.monotonic(); None: never. Once, inside the `async with`."""
+        if deadline is not None:
+            error = DeadlineExceeded("the request's timeout has passed", reason="deadline")
+            left_s = max(deadline - time.monotonic(), 0.0)
+            self._timer = asyncio.get_running_loop().call_later(left_s, self.end, error)
 
     async def __aenter__(self) -> Session:
         if self._sessions.draining:
@@ -50,6 +59,8 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._sessions._leave(self)
+        if self._timer is not None:
+            self._timer.cancel()
         task, self._task = self._task, None
         assert task is not None
         if (

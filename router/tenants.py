@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-import time
 from dataclasses import dataclass
 
 from router.admission.line import Share
@@ -67,12 +66,13 @@ class Caller:
 
     tenant: Tenant
     arrived: float
-    timeout_s: float | None = None
+    timeout_s: float | None
+    default_timeout_s: float | None  # of a request that names none
 
-    def deadline(self, asked_s: float | None, default_s: float | None) -> float | None:
-        """On the clock of `arrived`. The shortest of those named counts, the default when none is."""
+    def deadline(self, asked_s: float | None = None) -> float | None:
+        """On the clock of `arrived`. The shorter of those named counts: the call's and, `asked_s`, the body's."""
         named = [seconds for seconds in (self.timeout_s, asked_s) if seconds is not None]
-        timeout_s = min(named) if named else default_s
+        timeout_s = min(named) if named else self.default_timeout_s
         return None if timeout_s is None else self.arrived + timeout_s
 
 
@@ -105,14 +105,5 @@ class Tenants:
             return self._controller
         return None
 
-    def caller(
-        self, authorization: bytes | str | None, timeout_s: float | None = None, arrived: float | None = None
-    ) -> Caller | None:
-        tenant = self.of(authorization)
-        if tenant is None:
-            return None
-        return Caller(tenant, time.monotonic() if arrived is None else arrived, timeout_s)
-
-    @property
-    def default_timeout_s(self) -> float | None:
-        return self._default_timeout_s
+    def caller(self, tenant: Tenant, arrived: float, timeout_s: float | None) -> Caller:
+        return Caller(tenant, arrived, timeout_s, self._default_timeout_s)

@@ -59,12 +59,16 @@ class Permit:
     estimate: int  # tokens
     entered_at: float
     settled: bool = False
+    used_prompt_tokens: int = 0
+    used_answer_tokens: int = 0
 
     def settle(self, answer_tokens: int, finished: bool, now: float) -> None:
         """`finished`: every answer came to its end. Nothing is charged for tokens when no answer has begun."""
         if not self.settled:
             self.settled = True
-            self.quota._settle(self, answer_tokens, finished, now)
+            self.used_prompt_tokens = self.prompt_tokens if answer_tokens else 0
+            self.used_answer_tokens = answer_tokens
+            self.quota._settle(self, finished, now)
 
 
 class Quota:
@@ -154,13 +158,13 @@ class Quota:
         whole = getattr(self._of_all, limit)
         return f" ({limit} is {whole}, shared by {self._replicas} router replicas)"
 
-    def _settle(self, permit: Permit, answer_tokens: int, finished: bool, now: float) -> None:
+    def _settle(self, permit: Permit, finished: bool, now: float) -> None:
         self._concurrent -= permit.answers
-        used = permit.prompt_tokens + answer_tokens if answer_tokens else 0
+        used = permit.used_prompt_tokens + permit.used_answer_tokens
         if self._tokens is not None:
             self._tokens.take(used - permit.estimate, now)
         if finished:
-            self._answer_tokens.add(answer_tokens / permit.answers)
+            self._answer_tokens.add(permit.used_answer_tokens / permit.answers)
             self._duration_s.add(now - permit.entered_at)
 
 

@@ -29,7 +29,7 @@ def asked_sampling(request: pb.GenerateRequest) -> AskedSampling:
         include_stop_str_in_output=request.include_stop_str_in_output,
         skip_special_tokens=_optional(request, "skip_special_tokens"),
         cache_salt=request.cache_salt or None,
-        priority=request.priority,
+        priority=request.priority or None,  # 0 on the wire is absent: the tenant's own
     )
 
 

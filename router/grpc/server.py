@@ -15,9 +15,9 @@ from router.generation import Dispatcher
 from router.grpc import headrace_pb2, headrace_pb2_grpc
 from router.grpc.keys import KeyCheck
 from router.grpc.service import InferenceService
-from router.keys import ApiKeys
 from router.metrics import RouterMetrics
 from router.sessions import Sessions
+from router.tenants import Tenants
 
 HEALTH_INTERVAL_S = 0.2
 SERVICE = headrace_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -34,14 +34,14 @@ class GrpcServer:
         prompts: Prompts,
         metrics: RouterMetrics,
         sessions: Sessions,
-        keys: ApiKeys,
+        tenants: Tenants,
         max_message_bytes: int,
     ) -> None:
         """Raises OSError when the address cannot be bound."""
         self._dispatcher = dispatcher
         self._sessions = sessions
         self._server = grpc.aio.server(
-            interceptors=[KeyCheck(keys)],
+            interceptors=[KeyCheck(tenants)],
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", _MAX_RESPONSE_BYTES),
@@ -50,7 +50,7 @@ class GrpcServer:
                 ("grpc.keepalive_timeout_ms", 10_000),
             ],
         )
-        service = InferenceService(dispatcher, prompts, metrics, sessions)
+        service = InferenceService(dispatcher, prompts, metrics, sessions, tenants)
         headrace_pb2_grpc.add_InferenceServicer_to_server(service, self._server)
         self._health: Any = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import secrets
 import time
 from typing import Any
@@ -17,20 +16,17 @@ from router.chat.stops import StopAutomaton
 from router.generation import Dispatcher, Generation, GenerationError, ModelInfo
 from router.grpc import headrace_pb2 as pb
 from router.grpc.asked import asked_logprobs, asked_prompt, asked_sampling
+from router.grpc.keys import caller_of
+from router.grpc.refusals import abort
 from router.metrics import RequestRecord, RouterMetrics
 from router.sampling import checked_cache_salt, checked_priority, to_sampling, to_text_options
 from router.sequences import Sequence, close, run
 from router.serving import served_model
 from router.sessions import Sessions
+from router.tenants import Caller, Tenant, Tenants
 
 logger = logging.getLogger(__name__)
 
-_CODES = {
-    400: grpc.StatusCode.INVALID_ARGUMENT,
-    404: grpc.StatusCode.NOT_FOUND,
-    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    503: grpc.StatusCode.UNAVAILABLE,
-}
 _FINISH_REASONS = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 
 
@@ -38,21 +34,30 @@ class InferenceService:
     """The methods are coroutines that write, not generators: a cancelled call runs their `finally` at once."""
 
     def __init__(
-        self, dispatcher: Dispatcher, prompts: Prompts, metrics: RouterMetrics, sessions: Sessions
+        self,
+        dispatcher: Dispatcher,
+        prompts: Prompts,
+        metrics: RouterMetrics,
+        sessions: Sessions,
+        tenants: Tenants,
     ) -> None:
         self._dispatcher = dispatcher
         self._prompts = prompts
         self._metrics = metrics
         self._sessions = sessions
+        self._tenants = tenants
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
         arrived = time.perf_counter()
+        caller = await caller_of(context, self._tenants)
         try:
             model = served_model(self._dispatcher, request.model or None)
             record = self._metrics.request(model.name, "grpc", arrived)
-            await self._measured(request, context, model, record)
+            await self._measured(request, context, model, record, caller)
         except GenerationError as error:
-            await _abort(context, error)
+            if error.reason is not None:
+                self._metrics.refused(caller.tenant.name, error.reason)
+            await abort(context, error, caller.tenant)
         except grpc.aio.AbortError:
             raise
         except Exception:
@@ -63,18 +68,25 @@ class InferenceService:
         try:
             model = served_model(self._dispatcher, request.model or None)
         except GenerationError as error:
-            await _abort(context, error)
+            await abort(context, error)
         return pb.Model(name=model.name, max_model_len=model.max_model_len, vocab_size=model.vocab_size)
 
     async def _measured(
-        self, request: pb.GenerateRequest, context: Any, model: ModelInfo, record: RequestRecord
+        self,
+        request: pb.GenerateRequest,
+        context: Any,
+        model: ModelInfo,
+        record: RequestRecord,
+        caller: Caller,
     ) -> None:
         outcome = "internal_error"
         try:
-            async with self._sessions.open():
-                sequence = await self._sequence(request, model, record)
+            async with self._sessions.open() as session:
+                if caller.timeout_s is None:  # else gRPC itself cancels the call
+                    session.end_at(caller.deadline())
+                sequence = await self._sequence(request, model, record, caller)
                 record.prepared()
-                outcome = await self._write_all(sequence, context)
+                outcome = await self._write_all(sequence, context, caller.tenant)
         except asyncio.CancelledError:
             outcome = "cancelled"
             raise
@@ -85,7 +97,7 @@ class InferenceService:
             record.end(outcome)
 
     async def _sequence(
-        self, request: pb.GenerateRequest, model: ModelInfo, record: RequestRecord
+        self, request: pb.GenerateRequest, model: ModelInfo, record: RequestRecord, caller: Caller
     ) -> Sequence:
         """Validates the request whole. Raises `Refusal`."""
         prompt = await asked_prompt(request, self._prompts, model)
@@ -99,8 +111,11 @@ class InferenceService:
             f"grpc-{secrets.token_hex(16)}",
             prompt,
             sampling,
-            checked_cache_salt(asked),
-            checked_priority(asked),
+            caller.tenant.cache_salt(checked_cache_salt(asked)),
+            caller.tenant.priority(checked_priority(asked)),
+            caller.tenant.name,
+            caller.deadline(),
+            caller.tenant.quota.expected_output(sampling.max_tokens),
         )
         automaton = StopAutomaton(text.stop) if text.stop else None
         reader = AnswerReader(
@@ -108,8 +123,13 @@ class InferenceService:
         )
         return Sequence(generation, reader, record.sequence(len(prompt)))
 
-    async def _write_all(self, sequence: Sequence, context: Any) -> str:
-        """Returns the finish reason."""
+    async def _write_all(self, sequence: Sequence, context: Any, tenant: Tenant) -> str:
+        """Returns the finish reason. Raises `TenantLimit` when the tenant may not ask for more now."""
+        generation = sequence.generation
+        permit = tenant.quota.enter(
+            len(generation.prompt), [generation.sampling.max_tokens], time.monotonic()
+        )
+        finished = False
         usage = pb.Usage(prompt_tokens=len(sequence.generation.prompt))
         request_id = sequence.generation.request_id
         pieces = run(self._dispatcher, sequence)
@@ -120,8 +140,11 @@ class InferenceService:
                 await context.write(_response(piece, request_id, usage))
                 request_id = ""
                 if piece.finish_reason is not None:
+                    finished = True
                     return piece.finish_reason
         finally:
+            permit.settle(usage.completion_tokens, finished, time.monotonic())
+            self._metrics.used(tenant.name, permit)
             await close(pieces)
         raise AssertionError("run() ends with a finish reason or raises")
 
@@ -139,10 +162,3 @@ def _response(piece: Piece, request_id: str, usage: pb.Usage) -> pb.GenerateResp
         elif piece.stop_reason is not None:
             response.stop_token_id = piece.stop_reason
     return response
-
-
-async def _abort(context: Any, error: GenerationError) -> None:
-    trailing: tuple[tuple[str, str], ...] = ()
-    if error.retry_after_s is not None:
-        trailing = (("retry-after", str(max(1, math.ceil(error.retry_after_s)))),)
-    await context.abort(_CODES.get(error.status, grpc.StatusCode.INTERNAL), error.message, trailing)

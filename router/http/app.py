@@ -16,7 +16,6 @@ from router.http.models import ModelsEndpoint
 from router.http.openapi import describe_bodies
 from router.http.operations import Operations
 from router.http.tokenize import TokenizeEndpoint
-from router.keys import ApiKeys
 
 
 def create_app(front: Front) -> FastAPI:
@@ -46,7 +45,7 @@ def create_app(front: Front) -> FastAPI:
     app.add_exception_handler(GenerationError, _generation_error)
     app.add_exception_handler(HTTPException, _http_exception)
     describe_bodies(app)
-    app.add_middleware(Gate, keys=ApiKeys(front.config.api_keys), metrics=front.metrics)
+    app.add_middleware(Gate, tenants=front.tenants, metrics=front.metrics)
     return app
 
 

@@ -11,6 +11,7 @@ from router.http.asked import ChatBody, chat_decoder, chat_logprobs, check_chat
 from router.http.body import decode_body, read_body
 from router.http.chat_format import ChatFormat
 from router.http.front import Front
+from router.http.gate import caller_of
 from router.http.plan import make_plan
 from router.http.reply import Reply
 from router.serving import served_model
@@ -38,6 +39,7 @@ class ChatEndpoint:
             model,
             [prompt],
             chat_logprobs(body),
+            caller_of(request.scope),
             prompt_param="messages",
             max_tokens_param="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
         )

@@ -14,6 +14,7 @@ from router.http.asked import CompletionBody, check_completion, completion_decod
 from router.http.body import decode_body, read_body
 from router.http.completion_format import CompletionFormat
 from router.http.front import Front
+from router.http.gate import caller_of
 from router.http.plan import make_plan
 from router.http.reply import Reply
 from router.refusal import Refusal, shown
@@ -44,6 +45,7 @@ class CompletionsEndpoint:
             model,
             prompts,
             body.logprobs,
+            caller_of(request.scope),
             echo=[self._text(prompt) for prompt in asked] if body.echo else [],
         )
         return Reply(plan, CompletionFormat(plan), "completions", arrived, front)

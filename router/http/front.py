@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from router.chat.prompt import Prompts
 from router.config import HttpConfig
 from router.generation import Dispatcher
 from router.metrics import RouterMetrics
 from router.sessions import Sessions
+from router.tenants import Tenants
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,3 +19,4 @@ class Front:
     metrics: RouterMetrics
     sessions: Sessions
     config: HttpConfig
+    tenants: Tenants = field(default_factory=Tenants)

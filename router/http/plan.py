@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
+from router.admission.quota import Permit
 from router.chat.answer import AnswerReader
 from router.chat.prompt import Prompts
 from router.chat.stops import StopAutomaton
@@ -18,12 +19,14 @@ from router.sampling import (
     TextOptions,
     checked_cache_salt,
     checked_priority,
+    checked_timeout,
     choice_seed,
     num_choices,
     to_sampling,
     to_text_options,
 )
 from router.sequences import Sequence
+from router.tenants import Caller, Tenant
 from workers.protocol.messages import Sampling
 
 
@@ -37,6 +40,8 @@ class Plan:
     samplings: list[Sampling]  # one per prompt, of its first choice
     n: int
     text: TextOptions
+    tenant: Tenant
+    deadline: float | None = None  # time.monotonic()
     cache_salt: str = ""
     priority: int = 0
     stream: bool = False
@@ -53,6 +58,11 @@ class Plan:
     def wants_logprobs(self) -> bool:
         return self.samplings[0].logprobs is not None
 
+    def permit(self) -> Permit:
+        """Lets the request into the tenant's limits. Raises `TenantLimit`, `Refusal`."""
+        max_tokens = [sampling.max_tokens for sampling in self.samplings for _ in range(self.n)]
+        return self.tenant.quota.enter(sum(map(len, self.prompts)), max_tokens, time.monotonic())
+
     def sequences(self, prompts: Prompts, record: RequestRecord) -> list[Sequence]:
         """One for each choice, in order."""
         automaton = StopAutomaton(self.text.stop) if self.text.stop else None
@@ -67,7 +77,16 @@ class Plan:
             sampling = replace(sampling, seed=choice_seed(sampling.seed, copy))
         prompt = self.prompts[index]
         request_id = self.request_id if self.num_choices == 1 else f"{self.request_id}-{choice}"
-        generation = Generation(request_id, prompt, sampling, self.cache_salt, self.priority)
+        generation = Generation(
+            request_id,
+            prompt,
+            sampling,
+            self.cache_salt,
+            self.priority,
+            self.tenant.name,
+            self.deadline,
+            self.tenant.quota.expected_output(sampling.max_tokens),
+        )
         reader = AnswerReader(
             prompts.tokenizer, self.text, automaton, sampling.stop_token_ids, self.wants_logprobs
         )
@@ -80,6 +99,7 @@ def make_plan(
     model: ModelInfo,
     prompts: list[list[int]],
     logprobs: int | None,
+    caller: Caller,
     *,
     prompt_param: str = "prompt",
     max_tokens_param: str = "max_tokens",
@@ -106,8 +126,10 @@ def make_plan(
         samplings=samplings,
         n=n,
         text=to_text_options(asked),
-        cache_salt=checked_cache_salt(asked),
-        priority=checked_priority(asked),
+        tenant=caller.tenant,
+        deadline=caller.deadline(checked_timeout(asked)),
+        cache_salt=caller.tenant.cache_salt(checked_cache_salt(asked)),
+        priority=caller.tenant.priority(checked_priority(asked)),
         stream=bool(asked.stream),
         include_usage=options is not None and bool(options.include_usage),
         return_token_ids=bool(asked.return_token_ids),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any, Protocol
 
 from starlette.responses import Response
@@ -69,17 +70,25 @@ class Reply(Response):
         )
         try:
             async with self._front.sessions.open() as session:
+                permit = self._plan.permit()
                 watch = asyncio.create_task(_end_when_gone(receive, session))
+                session.end_at(self._plan.deadline)
+                finished = False
                 try:
                     await self._generate(writer, record)
+                    finished = True
                 finally:
                     watch.cancel()
+                    permit.settle(writer.usage.completion_tokens, finished, time.monotonic())
+                    self._front.metrics.used(self._plan.tenant.name, permit)
             await writer.finish()
             outcome = writer.outcome
         except ClientGone as error:
             outcome = error.kind
         except GenerationError as error:
             outcome = error.kind
+            if error.reason is not None:
+                self._front.metrics.refused(self._plan.tenant.name, error.reason)
             await writer.fail(error, scope, receive)
         except Exception:
             outcome = "internal_error"
@@ -110,18 +119,18 @@ class _Whole:
     def __init__(self, plan: Plan, form: Format, send: Send) -> None:
         self._form = form
         self._send = send
-        self._usage = Usage(plan)
+        self.usage = Usage(plan)
         self._choices = [Collected() for _ in range(plan.num_choices)]
         self.outcome = "stop"
 
     async def add(self, choice: int, piece: Piece) -> None:
-        self._usage.add(choice, piece)
+        self.usage.add(choice, piece)
         self._choices[choice].add(piece)
         if choice == 0 and piece.finish_reason is not None:
             self.outcome = piece.finish_reason
 
     async def finish(self) -> None:
-        body = self._form.whole(self._choices, self._usage.as_dict())
+        body = self._form.whole(self._choices, self.usage.as_dict())
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
@@ -137,13 +146,13 @@ class _Stream:
         self._include_usage = plan.include_usage
         self._form = form
         self._send = send
-        self._usage = Usage(plan)
+        self.usage = Usage(plan)
         self._opened = [False] * plan.num_choices
         self._started = False
         self.outcome = "stop"
 
     async def add(self, choice: int, piece: Piece) -> None:
-        self._usage.add(choice, piece)
+        self.usage.add(choice, piece)
         events = self._form.chunk(choice, piece)
         if not self._opened[choice]:
             self._opened[choice] = True
@@ -157,7 +166,7 @@ class _Stream:
             await self._send({"type": "http.response.body", "body": events, "more_body": True})
 
     async def finish(self) -> None:
-        usage = self._form.usage(self._usage.as_dict()) if self._include_usage else b""
+        usage = self._form.usage(self.usage.as_dict()) if self._include_usage else b""
         await self._send({"type": "http.response.body", "body": usage + _DONE})
 
     async def fail(self, error: GenerationError, scope: Scope, receive: Receive) -> None:

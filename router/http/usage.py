@@ -16,6 +16,10 @@ class Usage:
         self._completion_tokens = 0
         self._cached: dict[int, int] = {}  # choice -> prompt tokens no worker had to compute
 
+    @property
+    def completion_tokens(self) -> int:
+        return self._completion_tokens
+
     def add(self, choice: int, piece: Piece) -> None:
         self._completion_tokens += len(piece.token_ids)
         if piece.cached_tokens:

@@ -8,11 +8,12 @@ import pytest
 
 from router.chat.prompt import load_prompts
 from router.chat.tokenizer import TextTokenizer
+from router.config import AdmissionConfig, HttpConfig, RouterConfig, TenantConfig
 from router.grpc import headrace_pb2_grpc
 from router.grpc.server import GrpcServer
-from router.keys import ApiKeys
 from router.metrics import RouterMetrics
 from router.sessions import Sessions
+from router.tenants import Tenants
 from tests.router.fake_dispatcher import ANSWER, FakeDispatcher
 from tests.router.tiny_model import write_byte_level_model
 
@@ -40,6 +41,16 @@ def api_keys() -> list[str]:
 
 
 @pytest.fixture
+def tenants() -> list[TenantConfig]:
+    return []
+
+
+@pytest.fixture
+def admission() -> AdmissionConfig:
+    return AdmissionConfig()
+
+
+@pytest.fixture
 def sessions() -> Sessions:
     return Sessions()
 
@@ -56,6 +67,8 @@ async def server(
     metrics: RouterMetrics,
     sessions: Sessions,
     api_keys: list[str],
+    tenants: list[TenantConfig],
+    admission: AdmissionConfig,
 ) -> AsyncIterator[GrpcServer]:
     server = GrpcServer(
         "127.0.0.1:0",
@@ -63,7 +76,7 @@ async def server(
         load_prompts(grpc_model_path),
         metrics,
         sessions,
-        ApiKeys(api_keys),
+        Tenants(RouterConfig(http=HttpConfig(api_keys=api_keys), tenants=tenants, admission=admission)),
         max_message_bytes=64 * 1024,
     )
     await server.start()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import httpx
 import openai
 import pytest
@@ -10,6 +12,7 @@ from router.chat.tokenizer import TextTokenizer
 from router.config import HttpConfig, RouterConfig
 from router.http.app import create_app
 from router.http.front import Front
+from router.tenants import Tenants
 from tests.router.fake_dispatcher import FakeDispatcher
 
 CHAT = "/v1/chat/completions"
@@ -88,9 +91,9 @@ async def test_request_ids_are_echoed(app: FastAPI) -> None:
 
 
 @pytest.fixture
-def guarded(front: Front, config: RouterConfig) -> FastAPI:
-    keys = HttpConfig(port=0, api_keys=["first-key", "zweiter-schlüssel"])
-    return create_app(Front(front.dispatcher, front.prompts, front.metrics, front.sessions, keys))
+def guarded(front: Front) -> FastAPI:
+    http = HttpConfig(port=0, api_keys=["first-key", "zweiter-schlüssel"])
+    return create_app(dataclasses.replace(front, config=http, tenants=Tenants(RouterConfig(http=http))))
 
 
 @pytest.mark.parametrize(
