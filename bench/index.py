@@ -152,6 +152,7 @@ def memory(kind: str, entries: int, num_workers: int) -> dict[str, float]:
     found["drop_step_ms"] = 1e3 * max(steps)
     for number, hashes in enumerate(others):
         load(f"x{number}", hashes)
+        step(index.tidy)
     del hashes
     found["churned_bytes"] = (_resident() - before) / entries
     steps.clear()

@@ -21,7 +21,7 @@ from itertools import compress
 from typing import NamedTuple, cast
 
 from router.index.block_table import SLICE_BLOCKS, BlockTable
-from router.index.holder_sets import GUESSED, IN_HOST, ON_DEVICE, ON_DISK, HolderSet
+from router.index.holder_sets import GUESSED, IN_HOST, ON_DEVICE, ON_DISK
 from workers.protocol.messages import IndexBatch
 from workers.protocol.tiers import DEVICE, DISK, HOST, Removed
 
@@ -148,13 +148,12 @@ class PrefixIndex:
     def match(self, hashes: Sequence[bytes]) -> dict[str, CachedPrefix]:
         """The part of the prefix `hashes` that each worker holds without a break; workers with none are left out."""
         found: dict[str, CachedPrefix] = {}
-        shards, holder_sets = self._table.shards, self._table.holder_sets
+        shards, sets = self._table.shards, self._table.sets
+        held = sets.held
         last = shards[hashes[0][0]].get(hashes[0]) if hashes else None
         if last is None:
             return found
-        holders = holder_sets[last]
-        plain = holders.plain
-        alive = self._present & holders.held
+        alive = self._present & held[last]
         if not alive:
             return found
         depth = 0
@@ -164,10 +163,7 @@ class PrefixIndex:
                 if number is last:
                     continue
                 last = number
-                holders = holder_sets[number]
-                if not holders.plain:
-                    plain = False
-                now = alive & holders.held
+                now = alive & held[number]
                 if now != alive:
                     self._credit(found, alive ^ now, depth)
                     alive = now
@@ -179,20 +175,20 @@ class PrefixIndex:
             pass
         if alive:
             self._credit(found, alive, depth)
-        if not plain and found:
+        if sets.num_other and found:
             self._count_lower(found, hashes[:depth])
         return found
 
     def _count_lower(self, found: dict[str, CachedPrefix], hashes: Sequence[bytes]) -> None:
-        """How much of what was found is not on the device. Costs something where a run of such blocks begins or ends."""
-        shards, holder_sets, present = self._table.shards, self._table.holder_sets, self._present
-        sets: list[tuple[int, HolderSet]] = []
+        """How much of what was found is not on the device. A second look, where any worker has a slower tier."""
+        shards, sets, present = self._table.shards, self._table.sets, self._present
+        runs: list[tuple[int, int]] = []  # where they begin, number of the set
         for depth, block_hash in enumerate(hashes):
-            holders = holder_sets[shards[block_hash[0]][block_hash]]
-            if not sets or holders is not sets[-1][1]:
-                sets.append((depth, holders))
-        host = _edges([(depth, holders.in_host_at_best & present) for depth, holders in sets])
-        disk = _edges([(depth, holders.on_disk_at_best & present) for depth, holders in sets])
+            number = shards[block_hash[0]][block_hash]
+            if not runs or number != runs[-1][1]:
+                runs.append((depth, number))
+        host = _edges([(depth, sets.in_host_at_best(number) & present) for depth, number in runs])
+        disk = _edges([(depth, sets.on_disk_at_best(number) & present) for depth, number in runs])
         for bit in host.keys() | disk.keys():
             name = self._names[bit.bit_length() - 1]
             if name in found:

@@ -25,11 +25,10 @@ _WASTE = 1.4  # a shard that takes so many times what its copy would take is cop
 
 class BlockTable:
     def __init__(self) -> None:
-        self._sets = HolderSets()
+        self.sets = HolderSets()
         self.shards: list[dict[bytes, int]] = [
             {} for _ in range(NUM_SHARDS)
         ]  # hash -> number of a holder set
-        self.holder_sets = self._sets.by_number
         self._num_slots = 0
         self._free: list[int] = []  # bits
         self._retired = 0  # bits that wait for the next sweep
@@ -46,19 +45,18 @@ class BlockTable:
 
     @property
     def num_sets(self) -> int:
-        return len(self._sets)
+        return len(self.sets)
 
     # --- one block of one worker ------------------------------------------------------------------------------------
 
     def put(self, block_hash: bytes, bit: int, tier: int) -> int:
         """The worker has it in this tier (too). Answers the tiers it had it in before; a guess is replaced by the fact."""
-        shard, sets = self.shards[block_hash[0]], self._sets
-        number = shard.get(block_hash)
-        if number is None:
+        shard, sets = self.shards[block_hash[0]], self.sets
+        old = shard.get(block_hash)
+        if old is None:
             shard[block_hash] = sets.take(sets.changed(None, bit, tier))
             return 0
-        old = self.holder_sets[number]
-        before = old.tiers(bit)
+        before = sets.tiers(old, bit)
         if before & tier:
             return before
         after = tier if tier == GUESSED else (before & ~GUESSED) | tier
@@ -68,12 +66,11 @@ class BlockTable:
 
     def take(self, block_hash: bytes, bit: int, tier: int) -> tuple[int, int]:
         """The worker has it in this tier no more. Answers the tiers before and after; a guess goes in any case."""
-        shard, sets = self.shards[block_hash[0]], self._sets
-        number = shard.get(block_hash)
-        if number is None:
+        shard, sets = self.shards[block_hash[0]], self.sets
+        old = shard.get(block_hash)
+        if old is None:
             return 0, 0
-        old = self.holder_sets[number]
-        before = old.tiers(bit)
+        before = sets.tiers(old, bit)
         after = before & ~(tier | GUESSED)
         if after != before:
             new = sets.changed(old, bit, after) if after else sets.without(old, bit)
@@ -87,13 +84,13 @@ class BlockTable:
     def tiers(self, block_hash: bytes, bit: int) -> int:
         """Where the worker has it; 0: nowhere."""
         number = self.shards[block_hash[0]].get(block_hash)
-        return 0 if number is None else self.holder_sets[number].tiers(bit)
+        return 0 if number is None else self.sets.tiers(number, bit)
 
     def held_by(self, bit: int, tiers: int) -> Iterator[bytes]:
         """Looks at every block: for tests and the curious."""
         for shard in self.shards:
             for block_hash, number in shard.items():
-                if self.holder_sets[number].tiers(bit) & tiers:
+                if self.sets.tiers(number, bit) & tiers:
                     yield block_hash
 
     # --- slots ------------------------------------------------------------------------------------------------------
@@ -134,18 +131,15 @@ class BlockTable:
 
     def _sweep_all(self, retired: int) -> Iterator[int]:
         """Take these bits out of every set. Between two steps the table may change, but never gains one of them."""
-        sets, by_number = self._sets, self.holder_sets
+        sets, held = self.sets, self.sets.held
         for place in range(NUM_SHARDS):
             keys = list(self.shards[place])
             for start in range(0, len(keys), SLICE_BLOCKS):
                 shard = self.shards[place]
                 slice_ = keys[start : start + SLICE_BLOCKS]
                 for block_hash in slice_:
-                    number = shard.get(block_hash)
-                    if number is None:
-                        continue
-                    old = by_number[number]
-                    if not old.held & retired:
+                    old = shard.get(block_hash)
+                    if old is None or not held[old] & retired:
                         continue
                     new = sets.without(old, retired)
                     if new is None:

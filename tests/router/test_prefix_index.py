@@ -384,7 +384,12 @@ def test_the_garbage_collector_has_no_business_with_the_blocks():
     for number in range(5):
         index.load_snapshot(f"w{number}", 1, 0, on_device(*range(2000)))
         index.note_routed(f"w{number}", 1, [h(n) for n in range(3000, 3010)], capacity=100)
+    sets = index._table.sets
     assert not any(map(gc.is_tracked, index._table.shards))
+    assert not any(map(gc.is_tracked, [*sets.held, *sets.device]))
+    numbers = {number for shard in index._table.shards for number in shard.values()}
+    stored = {id(number) for shard in index._table.shards for number in shard.values()}
+    assert len(numbers) == len(stored), "a number is one object, however many blocks refer to it"
 
 
 def test_shards_that_have_seen_much_come_and_go_are_made_small_again():
