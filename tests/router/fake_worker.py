@@ -36,6 +36,7 @@ from workers.protocol.messages import (
     Ticket,
     Ticketed,
     TokenDelta,
+    TokenLogprobs,
     Tokens,
     Welcome,
     Work,
@@ -54,6 +55,7 @@ ROOT = hash_root("f" * 16, "float32", BLOCK)
 # What a hook may answer at a stage: None (go on) or one of these.
 #   "die"        the process is gone: connections end, nothing is answered any more
 #   "stall"      the process is stopped: connections stay, nothing is sent any more
+#   "cut"        connections end, and the process lives
 #   "drop"       this message is lost
 #   "busy", "invalid", "internal", ...  Failed with this code
 #   "duplicate", "gap"  (stage "token") the delta is sent twice; the delta is left out
@@ -62,6 +64,14 @@ Hook = Callable[[str, Work], str | None]
 
 def next_token(seed: int, tokens: Sequence[int]) -> int:
     return zlib.crc32(array("I", tokens).tobytes(), seed & 0xFFFFFFFF) % VOCABULARY
+
+
+def logprobs_of(token: int, sampling: Sampling) -> list[TokenLogprobs]:
+    """As many as tokens: one, or none when they were not asked for."""
+    if sampling.logprobs is None:
+        return []
+    top = [((token + rank) % VOCABULARY, -(token % 97) / 10 - rank) for rank in range(sampling.logprobs)]
+    return [TokenLogprobs(-(token % 97) / 10, top)]
 
 
 def expected_output(prompt: Sequence[int], sampling: Sampling) -> list[int]:
@@ -172,6 +182,11 @@ class FakeWorker:
         self.prefills.clear()
         self.on_death(self)
 
+    def cut(self) -> None:
+        """The network fails: connections end, and both sides notice."""
+        for connection in list(self._connections):
+            connection.writer.transport.abort()
+
     @property
     def used_blocks(self) -> int:
         return sum(held.blocks for held in self.held.values())
@@ -250,15 +265,21 @@ class FakeWorker:
         else:
             assert isinstance(message, Ping)
 
+    def _obey_order(self, order: str) -> None:
+        if order == "die":
+            self.die()
+        elif order == "cut":
+            self.cut()
+        else:
+            self.stalled = True
+
     def _obey(self, stage: str, connection: Connection, work: Work) -> bool:
         """True: the stage does not take place."""
         order = self.hook(stage, work)
         if order is None:
             return False
-        if order == "die":
-            self.die()
-        elif order == "stall":
-            self.stalled = True
+        if order in ("die", "stall", "cut"):
+            self._obey_order(order)
         elif order != "drop":
             connection.told_busy = connection.told_busy or order == "busy"
             self._drop(work.request_id)
@@ -336,9 +357,9 @@ class FakeWorker:
             for held in requests:
                 work, sampling = held.work, held.work.sampling
                 order = self.hook("token", work)
-                if order in ("die", "stall"):
+                if order in ("die", "stall", "cut"):
                     self._send(connection, Tokens(deltas))
-                    self.die() if order == "die" else setattr(self, "stalled", True)
+                    self._obey_order(order)
                     return
                 index = len(held.output)
                 token = first if first is not None else next_token(sampling.seed, work.prompt + held.output)
@@ -347,8 +368,10 @@ class FakeWorker:
                 reason = "stop" if stop is not None else None
                 if reason is None and len(held.output) == sampling.max_tokens:
                     reason = "length"
+                cached = min(held.cached_tokens, len(work.prompt))
+                logprobs = logprobs_of(token, sampling)
                 delta = TokenDelta(
-                    work.request_id, index, [token], [], reason, stop, cached_tokens=held.cached_tokens
+                    work.request_id, index, [token], logprobs, reason, stop, cached_tokens=cached
                 )
                 if reason is not None:
                     self._store(work, held.output)
