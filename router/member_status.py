@@ -32,6 +32,8 @@ def describe(member: Member, book: LoadBook, index: PrefixIndex) -> dict[str, An
         "sending": load.sending,
         "peers": {worker_id: msgspec.to_builtins(peer) for worker_id, peer in load.peers.items()},
         "queued_prefill_tokens": load.queued_prefill_tokens,
+        "prefill_token_s": load.prefill_token_s or None,
+        "decode_step_s": load.decode_step_s or None,
         "blocks": {
             "total": info.num_blocks,
             "used": load.active_blocks,
@@ -47,6 +49,7 @@ def describe(member: Member, book: LoadBook, index: PrefixIndex) -> dict[str, An
             "prefill_tokens": booked.prefill_tokens,
             "decode_blocks": booked.decode_blocks,
         },
+        "recent_requests": round(book.recent_requests(info.worker_id), 3),
         "index_blocks": index.num_blocks(info.worker_id),
         "late_messages": member.link.late_messages,
     }

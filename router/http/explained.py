@@ -7,13 +7,17 @@ from typing import Any
 from starlette.types import Message, Scope, Send
 
 from router.generation import Dispatcher
+from router.http.gate import caller_of
 
 _ASKS = (b"x-headrace-explain", b"1")
 
 
 def explaining(scope: Scope, send: Send, dispatcher: Dispatcher, request_id: str) -> Send:
-    """`send`, which adds the headers when they are asked for: what is known by then, at a stream's first token."""
-    if _ASKS not in scope["headers"]:
+    """`send`, which adds the headers when they are asked for: what is known by then, at a stream's first token.
+
+    Whoever may not read /cluster gets none: they tell of workers, and of what others have cached.
+    """
+    if _ASKS not in scope["headers"] or not caller_of(scope).tenant.operator:
         return send
 
     async def explained(message: Message) -> None:

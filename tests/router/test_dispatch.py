@@ -409,6 +409,7 @@ async def test_status_and_metrics(valkey):
         d0, p0 = status["workers"]
         assert (d0["worker_id"], d0["role"], d0["state"]) == ("d0", "decode", "up")
         assert d0["booked"] == {"requests": 1, "prefill_tokens": 0, "decode_blocks": 13}
+        assert 0 < d0["recent_requests"] < 1
         assert p0["role"] == "prefill"
         metrics = await cluster.dispatcher.worker_metrics()
         assert sorted(metrics) == [b'fake_worker_up{worker="d0"} 1\n', b'fake_worker_up{worker="p0"} 1\n']

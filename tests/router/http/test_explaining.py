@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from router.config import GrpcConfig, HttpConfig, RouterConfig
+from router.config import GrpcConfig, HttpConfig, RouterConfig, TenantConfig
 from router.server import RouterServer
 from tests.router.fake_cluster import FakeCluster
 from tests.valkey_server import EmbeddedValkey
@@ -54,6 +54,29 @@ async def test_unknown_requests_are_404(http: httpx.AsyncClient) -> None:
     error = answer.json()["error"]
     assert (error["param"], error["code"]) == ("request_id", "request_not_found")
     assert "'cmpl-of-yesterday'" in error["message"]
+
+
+async def test_only_operators_are_told(cluster: FakeCluster, model_path: Path) -> None:
+    tenants = [
+        TenantConfig(name="ops", api_keys=["of-ops"], operator=True),
+        TenantConfig(name="guest", api_keys=["of-guest"]),
+    ]
+    config = RouterConfig(http=HttpConfig(port=0), grpc=GrpcConfig(enabled=False), tenants=tenants)
+    server = RouterServer(cluster.dispatcher, model_path, config)
+    await server.start()
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.http_port}", timeout=20) as client:
+
+        async def ask(key: str) -> tuple[int, bool]:
+            headers = {**ASKING, "Authorization": f"Bearer {key}"}
+            answer = await client.post("/v1/completions", json=BODY, headers=headers)
+            told = "x-headrace-decode" in answer.headers
+            found = await client.get(f"/cluster/requests/{answer.json()['id']}", headers=headers)
+            return found.status_code, told
+
+        assert await ask("of-ops") == (200, True)
+        assert await ask("of-guest") == (403, False)
+        assert (await client.get("/cluster/requests/last")).status_code == 401
+    await server.stop(drain_s=0.0)
 
 
 @pytest.mark.parametrize("stream", [False, True])
