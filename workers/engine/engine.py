@@ -154,7 +154,8 @@ class Engine:
         if prompt_tokens >= max(plan.num_samples, self.layout.block_size):
             now = seconds / plan.num_tokens
             before = self.compute_token_s or now
-            self.compute_token_s = before + 0.2 * (now - before)
+            # A short prompt's step is mostly what any step costs: it says little about a longer one.
+            self.compute_token_s = before + 0.2 * min(prompt_tokens / 256, 1.0) * (now - before)
         elif prompt_tokens == 0:
             before = self.decode_step_s or seconds
             self.decode_step_s = before + 0.2 * (seconds - before)

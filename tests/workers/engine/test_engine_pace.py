@@ -18,11 +18,11 @@ def test_steps_that_read_prompts_and_steps_that_decode_are_measured_apart(
 ) -> None:
     model = prepare_model(str(write_random_model(tmp_path, "llama", seed=1)))
     engine = Engine(EngineConfig(device="cpu", dtype="float32", num_blocks=64), model)
-    now = [0.0]
+    now, overhead_s = [0.0], [0.0]
     run = engine.runner.run
 
     def slowly(step_input):  # 2 ms for each token of the step
-        now[0] += 0.002 * len(step_input.arrays.token_ids)
+        now[0] += overhead_s[0] + 0.002 * len(step_input.arrays.token_ids)
         return run(step_input)
 
     monkeypatch.setattr("workers.engine.engine.time.perf_counter", lambda: now[0])
@@ -31,6 +31,9 @@ def test_steps_that_read_prompts_and_steps_that_decode_are_measured_apart(
     engine.generate([list(range(5, 69))], Sampling(max_tokens=1, seed=1))
     assert engine.load().prefill_token_s == pytest.approx(0.002)
     assert engine.load().decode_step_s == 0.0
+    overhead_s[0] = 0.064  # doubles a step of 32 tokens
+    engine.generate([list(range(200, 232))], Sampling(max_tokens=1, seed=1))
+    assert engine.load().prefill_token_s == pytest.approx(0.002, rel=0.1), "a short prompt says little"
+    overhead_s[0] = 0.0
     engine.generate([[5, 6, 7], [8, 9, 10]], Sampling(max_tokens=30, seed=1, ignore_eos=True))
     assert engine.load().decode_step_s == pytest.approx(0.004)
-    assert engine.load().prefill_token_s == pytest.approx(0.002)
