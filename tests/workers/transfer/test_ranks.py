@@ -129,7 +129,7 @@ def test_several_connections_of_one_pair(streams: int) -> None:
 @pytest.mark.parametrize("ranks", [(1, 1), (2, 4)], ids=str)
 def test_layers_leave_while_the_rest_is_computed(ranks: tuple[int, int], road: str) -> None:
     with sides(ranks, road, layer_groups=2) as (d, p):
-        hand_over(d, p, 3, 64, 130, 77)
+        hand_over(d, p, 3, 64, 100, 50)
 
 
 def test_the_next_road_is_taken_where_the_first_is_barred() -> None:
