@@ -134,7 +134,10 @@ def serve(
         },
     )
     from cluster.foreground import Foreground, ServeError
+    from router.policies import open_policy
 
+    with _told(ValueError, code=_USAGE):
+        open_policy(config.router.policy)  # one's own may not be found: better told now than by each router
     with _told(ServeError):
         Foreground(config).serve()
 

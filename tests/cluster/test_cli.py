@@ -60,7 +60,7 @@ def run(*arguments: str, stdin: str | None = None) -> Result:
 def test_help_names_every_command() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("serve", "down", "status", "chat", "config"):
+    for command in ("serve", "down", "status", "explain", "chat", "config"):
         assert command in result.output
 
 
@@ -85,6 +85,14 @@ def test_version() -> None:
         (["serve", "--set", "nonsense"], "expected NAME=VALUE"),
         (["serve", "--prot", "1"], "No such option: --prot"),
         (["config", "--set", "a=1"], "a: no such setting"),
+        (
+            ["serve", "--set", "router.policy.name=best"],
+            "router.policy.name: 'best' is not allowed: must be one of cost, round_robin",
+        ),
+        (
+            ["serve", "--set", "router.policy.name=my.own:Policy"],
+            "router.policy.name is 'my.own:Policy': No module",
+        ),
     ],
 )
 def test_mistakes_end_with_2_and_no_traceback(arguments: list[str], expected: str) -> None:

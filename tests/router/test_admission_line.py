@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import router.admission.line
-from router.admission.line import Line
-from router.admission.order import Entry, Share
+from router.admission.line import Entry, Line, Share
 from router.config import AdmissionConfig
 from router.generation import DeadlineExceeded, GenerationError, Overloaded, TenantLimit, Unavailable
 
@@ -42,13 +41,13 @@ def serve(queue: Line, count: int, now: float = 0.0) -> list[Entry]:
             assert not queue.placed(entry, now) or True
             served.append(entry)
         # Whoever was woken by the placing finds no room.
-        for entry in list(queue._order._trying):
+        for entry in list(queue._trying):
             queue.no_room(entry, now)
     return served
 
 
 def test_no_clock_and_no_loop() -> None:
-    for name in ("line.py", "order.py", "drain.py", "quota.py"):
+    for name in ("line.py", "drain.py", "quota.py"):
         path = Path(router.admission.line.__file__).with_name(name)
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
@@ -68,7 +67,7 @@ def test_resumed_first_then_classes_then_first_come() -> None:
     assert serve(queue, 4) == [resumed, urgent, normal, later]
     queue.check()
     assert queue.waiting == 0
-    assert not queue._order._classes
+    assert not queue._classes
 
 
 def test_a_less_urgent_class_does_not_starve() -> None:
@@ -171,8 +170,8 @@ def test_idle_tenants_and_classes_are_forgotten() -> None:
     for n in range(500):
         full(queue, Entry(f"tenant-{n}", priority=n % 7))
         serve(queue, 1)
-    assert not queue._order._classes
-    assert not queue._order._parked_of
+    assert not queue._classes
+    assert not queue._parked_of
     assert len(queue._give_ups) <= 66
 
 
@@ -391,14 +390,14 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.tries)
     @rule(data=st.data())
     def try_in_vain(self, data) -> None:
-        entry = data.draw(st.sampled_from(sorted(self.tries, key=lambda e: e.arrival)))
+        entry = data.draw(st.sampled_from(sorted(self.tries, key=lambda e: e._arrival)))
         self.tries.discard(entry)
         self._ask(entry, lambda e, now: self.line.no_room(e, now))
 
     @precondition(lambda self: self.tries)
     @rule(data=st.data(), seconds=st.floats(0, 3))
     def place(self, data, seconds: float) -> None:
-        entry = data.draw(st.sampled_from(sorted(self.tries, key=lambda e: e.arrival)))
+        entry = data.draw(st.sampled_from(sorted(self.tries, key=lambda e: e._arrival)))
         self.tries.discard(entry)
         self._woken(self.line.placed(entry, self.now))
         self.line.first_token(seconds)
@@ -407,7 +406,7 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.tries)
     @rule(data=st.data())
     def step_aside(self, data) -> None:
-        entry = data.draw(st.sampled_from(sorted(self.tries, key=lambda e: e.arrival)))
+        entry = data.draw(st.sampled_from(sorted(self.tries, key=lambda e: e._arrival)))
         self.tries.discard(entry)
         self._woken(self.line.aside(entry, self.now))
         self.away.add(entry)
@@ -416,7 +415,7 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.away)
     @rule(data=st.data())
     def come_back(self, data) -> None:
-        entry = data.draw(st.sampled_from(sorted(self.away, key=lambda e: e.arrival)))
+        entry = data.draw(st.sampled_from(sorted(self.away, key=lambda e: e._arrival)))
         self.away.discard(entry)
         self._ask(entry, self.line.again)
 
@@ -424,7 +423,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(data=st.data())
     def leave(self, data) -> None:
         entry = data.draw(
-            st.sampled_from(sorted(self.waits | self.tries | self.away, key=lambda e: e.arrival))
+            st.sampled_from(sorted(self.waits | self.tries | self.away, key=lambda e: e._arrival))
         )
         for those in (self.waits, self.tries, self.away):
             those.discard(entry)
@@ -435,20 +434,20 @@ class AnyOrder(RuleBasedStateMachine):
     @invariant()
     def whole(self) -> None:
         self.line.check()
-        parked = {e for _, e in self.line._order._resumed}
-        parked |= {e for c in self.line._order._classes.values() for _, e in c.parked}
+        parked = {e for _, e in self.line._resumed}
+        parked |= {e for c in self.line._classes.values() for _, e in c.parked}
         assert parked == self.waits
-        assert set(self.line._order._trying) <= self.tries
-        assert sum(not (e.resumed or e.tried) for e in self.waits) <= self.config.max_queue
-        assert sum(e.tenant == "b" and not (e.resumed or e.tried) for e in self.waits) <= 3
+        assert set(self.line._trying) <= self.tries
+        assert sum(not (e.resumed or e._tried) for e in self.waits) <= self.config.max_queue
+        assert sum(e.tenant == "b" and not (e.resumed or e._tried) for e in self.waits) <= 3
 
     def teardown(self) -> None:
         for entry in self.waits | self.tries | self.away:
             self.line.leave(entry, self.now)
         self.line.expired(self.now)
         assert self.line.waiting == 0
-        assert not self.line._order._classes
-        assert not self.line._order._parked_of
+        assert not self.line._classes
+        assert not self.line._parked_of
 
 
 TestAnyOrder = AnyOrder.TestCase
