@@ -96,7 +96,8 @@ class _Landing:
 
 
 def _sender(conn: Any, block_bytes: int, num_blocks: int, config: TransferConfig) -> None:
-    side = Side("sender", layout_of(block_bytes), num_blocks, config, share=True)
+    share = "shm" in config.channels  # as a prefill worker does
+    side = Side("sender", layout_of(block_bytes), num_blocks, config, share)
     conn.send((side.holder(), side.hold(num_blocks, random.Random(0))))
     conn.recv()
     side.stop()
