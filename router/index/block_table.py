@@ -6,9 +6,9 @@ twenty million entries that would stop the event loop for a second. In a shard i
 A worker that goes does not take its blocks out one by one. Its slot is retired: whoever asks masks it out, and a sweep
 through the shards, a slice at a time, takes it out of the sets. Its number is given to another worker only after that.
 
-Measured against this (bench/index.py prints bytes and microseconds): a dict with a mask for each block and a dict of
-its blocks for each worker takes two to four times the memory; packed arrays would take a fifth of it, but a look-up in
-pure Python costs ten times as much there.
+Measured beside it (CPython 3.11, 64 hashes looked up, bytes an entry): these dicts 1.4 us, 99; one with a mask for each
+block and a dict of its blocks for each worker 2.4 times the memory; keys as ints 5.3 us, 16 less; a table in numpy, its
+first probe alone, 6.8 us, 42; buckets of packed keys, searched with `find`, 67 us, 30.
 """
 
 from __future__ import annotations

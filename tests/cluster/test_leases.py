@@ -67,3 +67,17 @@ def test_a_redis_that_is_away_is_no_answer_and_told_once(
 def test_a_redis_that_is_not_there() -> None:
     with pytest.raises(ConnectionError):
         Leases("redis://127.0.0.1:9", "c", ["a"]).check()
+
+
+def test_leases_of_a_partitioned_cluster(valkey: EmbeddedValkey) -> None:
+    names = [f"decode-{number}" for number in range(20)]
+    parts = {name: redis_keys.partition("c", name, 4) for name in names}
+    assert set(parts.values()) == set(redis_keys.all_partitions("c", 4)) == {f"c/{n}" for n in range(4)}
+    leases = Leases(f"{valkey.url}?partitions=4", "c", names)
+    with valkey.client() as client:
+        for epoch, name in enumerate(names[:15]):
+            client.hset(redis_keys.workers(parts[name]), name, b"info")
+            client.set(redis_keys.lease(parts[name], name), epoch)
+    assert leases.read() == {name: epoch for epoch, name in enumerate(names[:15])}
+    assert leases.registered() == sorted(names[:15])
+    leases.close()
