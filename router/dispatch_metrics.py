@@ -83,6 +83,11 @@ class DispatchMetrics:
             "1 while the index rests on what was known before Redis went away and on own placements.",
             registry=registry,
         )
+        self.index_guesses = Gauge(
+            "headrace_index_guesses",
+            "Blocks that workers are only guessed to hold, in approximate mode.",
+            registry=registry,
+        )
         self.gaps = Counter(
             "headrace_index_gaps", "Lost batches noticed in the index log.", registry=registry
         )
@@ -105,6 +110,7 @@ class DispatchMetrics:
     def observe_index(self, index: PrefixIndex, approximate: bool) -> None:
         self.index_blocks.set(len(index))
         self.index_approximate.set(1 if approximate else 0)
+        self.index_guesses.set(sum(map(index.num_guesses, index.workers())))
 
 
 @cache

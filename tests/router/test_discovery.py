@@ -108,6 +108,7 @@ async def test_redis_dies_and_comes_back_empty_and_nobody_notices(own_valkey):
         for _ in range(3):
             await cluster.check(request)
         assert any(cluster.dispatcher.index.num_guesses(w) for w in cluster.peers)
+        await until(lambda: cluster.metric("headrace_index_guesses") > 0)
         assert (
             sum(len(w.reserves) > 0 and w.reserves[-1].work.prompt == request.prompt for w in cluster.workers)
             == 1
@@ -117,6 +118,7 @@ async def test_redis_dies_and_comes_back_empty_and_nobody_notices(own_valkey):
         await asyncio.gather(*running)
         await until(lambda: index_is_exact(cluster))
         await until(lambda: cluster.metric("headrace_index_approximate") == 0)
+        assert cluster.metric("headrace_index_guesses") == 0
         assert {m.info.worker_id: m.link for m in cluster.dispatcher.fleet.members()} == links
         await run(cluster, range(5, 10))
         await until(lambda: index_is_exact(cluster))
