@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import yaml
 from fastapi import FastAPI
 
 from router.config import AdmissionConfig, HttpConfig, RouterConfig, TenantConfig
@@ -260,6 +261,13 @@ async def test_the_deadline_is_known_to_admission(front: Front, dispatcher: Fake
             response = await http.post(CHAT, json=HELLO | asked, headers=headers)
             assert response.status_code == 400
             assert response.json()["error"]["param"] in ("timeout", "x-request-timeout")
+
+
+def test_the_documentations_example_is_a_configuration() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "tenants.md").read_text()
+    config = RouterConfig.model_validate(yaml.safe_load(text.split("```yaml")[1].split("```")[0])["router"])
+    assert [tenant.name for tenant in config.all_tenants()] == ["acme", "batch", "default"]
+    assert config.wants_keys
 
 
 async def test_keys_from_a_file(front: Front, tmp_path: Path) -> None:
