@@ -27,6 +27,8 @@ class WorkerLike(Protocol):
 
     def wait(self) -> None: ...
 
+    def drain(self, timeout_s: float) -> bool: ...
+
     def stop(self) -> None: ...
 
 
@@ -78,6 +80,14 @@ class WorkerActor:
         """End the worker in order: it says good-bye to its peers and takes its registration back."""
         if self._worker is not None:
             self._worker.stop()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Take nothing new, wait until what is here has ended, then end. False: the time was over before."""
+        if self._worker is None:
+            return True
+        done = self._worker.drain(timeout_s)
+        self._worker.stop()
+        return done
 
     def pid(self) -> int:
         return os.getpid()

@@ -301,6 +301,64 @@ class SupervisorConfig(Section):
     )
 
 
+class PoolBounds(Section):
+    min: int = Field(1, ge=1, description="workers that stay, whatever the load")
+    max: int | None = Field(
+        None,
+        ge=1,
+        description="workers at most; null: as many as are configured, or as a joined Ray cluster has room for",
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"max ({self.max}) is below min ({self.min})")
+        return self
+
+
+class PlannerConfig(Section):
+    """Pool sizes from measured load. Without `apply` they are only suggested."""
+
+    enabled: bool = Field(
+        True, description="measure the load and suggest sizes, in `headrace status` and metrics"
+    )
+    apply: bool = Field(False, description="start and drain workers accordingly")
+    interval_s: float = Field(5.0, gt=0, description="seconds between two looks at the load")
+    window_s: float = Field(30.0, gt=0, description="seconds over which the load is measured")
+    ttft_s: float = Field(1.0, gt=0, description="to be kept by 90% of requests: queue wait and prefill")
+    tpot_s: float = Field(0.1, gt=0, description="to be kept on the average: seconds per output token")
+    headroom: float = Field(0.85, gt=0, lt=1, description="most of a pool's capacity that may be in use")
+    up_after_s: float = Field(10.0, ge=0, description="seconds a pool must be too small before it grows")
+    down_after_s: float = Field(
+        300.0, ge=0, description="seconds one worker fewer must suffice before one leaves"
+    )
+    calm: float = Field(
+        0.8,
+        gt=0,
+        lt=1,
+        description="one worker fewer must keep this share of each limit: what it grows at is 1",
+    )
+    pause_s: float = Field(
+        60.0, ge=0, description="seconds between two changes of a pool, unless it must grow"
+    )
+    drain_timeout_s: float = Field(
+        300.0, gt=0, description="seconds a leaving worker has for its streams; then they go on elsewhere"
+    )
+    prefill: PoolBounds = PoolBounds()
+    decode: PoolBounds = PoolBounds()
+
+    @model_validator(mode="after")
+    def _looks_often_enough(self) -> Self:
+        if self.window_s < self.interval_s:
+            raise ValueError(
+                f"window_s is {self.window_s:g}: it must be at least interval_s ({self.interval_s:g})"
+            )
+        return self
+
+    def bounds(self, role: Role) -> PoolBounds:
+        return self.prefill if role == "prefill" else self.decode
+
+
 class SecurityConfig(Section):
     cluster_secret: str | None = Field(
         None,
@@ -329,6 +387,7 @@ class ClusterConfig(Section):
     redis: RedisConfig = RedisConfig()
     ray: RayConfig = RayConfig()
     supervisor: SupervisorConfig = SupervisorConfig()
+    planner: PlannerConfig = PlannerConfig()
     security: SecurityConfig = SecurityConfig()
 
     def pool(self, role: Role) -> PrefillPool | DecodePool:
@@ -368,6 +427,14 @@ class ClusterConfig(Section):
         http, grpc = self.router.http, self.router.grpc
         if grpc.enabled and http.port and http.port == grpc.port:
             raise ValueError(f"router.http.port and router.grpc.port are both {http.port}: they must differ")
+        roles: tuple[Role, ...] = ("prefill", "decode")
+        for role in roles:
+            bounds, replicas = self.planner.bounds(role), self.pool(role).replicas
+            if self.planner.apply and replicas and not bounds.min <= replicas <= (bounds.max or replicas):
+                raise ValueError(
+                    f"pools.{role}.replicas is {replicas}: it must lie in planner.{role}.min … max "
+                    f"({bounds.min} … {bounds.max}) where planner.apply is on"
+                )
         if self.supervisor.backoff_max_s < self.supervisor.backoff_initial_s:
             raise ValueError("supervisor.backoff_max_s must be at least supervisor.backoff_initial_s")
         return self

@@ -12,13 +12,16 @@ from typing import Any
 
 from cluster import topology
 from cluster.address import WILDCARDS, Address, address_of, ask_ready
+from cluster.autoscale import Autoscaler, Router
 from cluster.config import ClusterConfig
 from cluster.leases import Leases
 from cluster.parts import LaunchError, Parts, Prepared
+from cluster.planner_board import PlannerBoard
 from cluster.pools import RayPools
 from cluster.ports import HeldPorts
 from cluster.progress import Step, Steps
 from cluster.ray_runtime import RayRuntime, machine
+from cluster.resize import Resizer
 from cluster.router_replica import RouterSettings
 from cluster.routers import Routers
 from cluster.supervisor import Died, Supervisor
@@ -54,6 +57,7 @@ class Cluster:
         self._pools: RayPools | None = None
         self._routers: Routers | None = None
         self._leases: Leases | None = None
+        self._autoscaler: Autoscaler | None = None
 
     # --- start -------------------------------------------------------------------------------------------------------
 
@@ -66,10 +70,13 @@ class Cluster:
         self._ports = HeldPorts(self.config.router)
         model = self._prepare_model(steps)
         plan = self._start_ray(steps, plan)
-        redis_url = self._start_redis(steps)
+        redis_url = self._redis_url = self._start_redis(steps)
         self._start_routers(model, redis_url)
         self._start_workers(plan, model, redis_url)
-        return self._await_ready(steps, plan, model)
+        address = self._await_ready(steps, plan, model)
+        if self.config.planner.enabled:
+            self._start_planner(plan, address)
+        return address
 
     def _prepare_model(self, steps: Steps) -> Prepared:
         with steps.begin("model") as step:
@@ -90,7 +97,7 @@ class Cluster:
         with steps.begin("ray") as step:
             try:
                 self.ray.start(
-                    num_cpus=max(plan.num_cpus, 1.0) if plan else 0,
+                    num_cpus=max(plan.num_cpus + topology.spare_cpus(self.config, plan), 1.0) if plan else 0,
                     num_gpus=machine().hosts[0].gpus if plan else 0,
                 )
             except SystemExit as error:  # of Ray's own handler for SIGTERM, in force while Ray starts
@@ -178,7 +185,8 @@ class Cluster:
         cores = {host.name: host.cpus for host in self.ray.inventory().hosts}
         if self.ray.local:
             cores = dict.fromkeys(cores, machine().hosts[0].cpus)
-        threads = topology.threads_per_worker(plan, self._pools.host_of, cores)
+        threads = self._threads = topology.threads_per_worker(plan, self._pools.host_of, cores)
+        self._cores = cores
 
         def config_json(replica: Replica, epoch: int) -> str:
             return self._worker_config(replica, epoch, threads[replica.worker_id], model, redis_url)
@@ -188,6 +196,27 @@ class Cluster:
             plan.replicas, self._pools, self.config.supervisor, self.config.ray.start_timeout_s
         )
         self.supervisor.start_all()
+
+    def _start_planner(self, plan: Plan, address: Address) -> None:
+        assert self._pools is not None
+        assert self._leases is not None
+        assert self.supervisor is not None
+        pools = self._pools
+        resizer = Resizer(
+            plan,
+            pools,
+            self.supervisor,
+            self._leases,
+            self._threads,
+            self._cores,
+            drain_timeout_s=self.config.planner.drain_timeout_s,
+            check=lambda: topology.check_reachable(self.config, pools.host_of, self.ray.node_id()),
+        )
+        keys = self._keys()
+        router = Router(address.url, keys[0] if keys else None)
+        board = PlannerBoard(self._redis_url, self.config.cluster)
+        self._autoscaler = Autoscaler(self.config.planner, router.look, resizer, board.tell)
+        self._autoscaler.start()
 
     def _worker_config(
         self, replica: Replica, epoch: int, num_threads: int, model: Prepared, redis_url: str
@@ -275,6 +304,8 @@ class Cluster:
         assert self.supervisor is not None
         while not self.stopping.is_set():
             self.supervisor.tick(_TICK_S)
+            if self._autoscaler is not None:
+                self._autoscaler.tick()
             if self._valkey is not None and not self._valkey.alive():
                 logger.warning("the embedded Valkey died; starting it again on the same port")
                 try:
@@ -296,11 +327,14 @@ class Cluster:
                 logger.debug("stopping %s", what, exc_info=True)
                 troubles.append(f"{what}: {error}")
 
+        autoscaler, self._autoscaler = self._autoscaler, None
         routers, self._routers = self._routers, None
         pools, self._pools = self._pools, None
         leases, self._leases = self._leases, None
         valkey, self._valkey = self._valkey, None
         ports, self._ports = self._ports, None
+        if autoscaler is not None:
+            autoscaler.stop()
         if routers is not None:
             attempt("router", routers.stop)
         if pools is not None:

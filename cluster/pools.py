@@ -19,6 +19,7 @@ from workers.protocol.messages import Role
 
 logger = logging.getLogger(__name__)
 
+_EXPAND_S = 2.0  # for a place that Ray said was free
 _PLACE_S = 0.5  # between two looks at whether somebody asked to stop
 
 WorkerConfigJson = Callable[[Replica, int], str]
@@ -60,6 +61,8 @@ class RayPools:
         self._leases: LeaseReader = lambda: None
         self._lives: dict[str, _Life] = {}
         self._gpus: dict[str, list[str]] = {}  # GPU ids that each bundle was given
+        # Places of workers that left.
+        self._left: dict[Role, list[tuple[Any, int]]] = {role: [] for role in ROLES}
 
     def place(self, timeout_s: float, heed_stop: Callable[[], None] = lambda: None) -> None:
         """Take the places of all replicas. Raises TopologyError when they can't be had in time.
@@ -96,6 +99,33 @@ class RayPools:
 
         group, index = self._bundle_of[worker_id]
         self.host_of[worker_id] = placement_group_table(group)["bundles_to_node_id"][index]
+
+    def room(self, template: Replica) -> int:
+        """How many more like this one would find a place now."""
+        ray: Any = importlib.import_module("ray")
+
+        free: dict[str, float] = ray.available_resources()
+        fits = min(int(free.get(kind, 0.0) / amount + 1e-6) for kind, amount in template.bundle.items())
+        return len(self._left[template.role]) + fits
+
+    def expand(self, replica: Replica) -> bool:
+        """Take a place for one more worker. False: there is none."""
+        from ray.util.placement_group import placement_group, remove_placement_group
+
+        if self._left[replica.role]:
+            self._bundle_of[replica.worker_id] = self._left[replica.role].pop()
+        else:
+            group = placement_group([replica.bundle], strategy="PACK")
+            if not group.wait(_EXPAND_S):
+                remove_placement_group(group)
+                return False
+            self._bundle_of[replica.worker_id] = (group, 0)
+        self._locate(replica.worker_id)
+        return True
+
+    def is_extra(self, worker_id: str) -> bool:
+        """Its place was taken for it alone, so that it goes back to Ray when it leaves."""
+        return self._bundle_of[worker_id][0] not in self._groups.values()
 
     def configure(
         self, threads: Mapping[str, int], config_json: WorkerConfigJson, leases: LeaseReader
@@ -140,6 +170,22 @@ class RayPools:
                 os.kill(life.pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
+
+    def drain(self, worker_id: str, timeout_s: float) -> None:
+        self._lives[worker_id].actor.drain.remote(timeout_s)  # `run` returns when it has ended
+
+    def release(self, replica: Replica) -> None:
+        from ray.util.placement_group import remove_placement_group
+
+        worker_id = replica.worker_id
+        self._gpus.pop(worker_id, None)
+        self.host_of.pop(worker_id, None)
+        extra = self.is_extra(worker_id)
+        place = self._bundle_of.pop(worker_id)
+        if extra:
+            remove_placement_group(place[0])
+        else:
+            self._left[replica.role].append(place)  # a place in a pool's group can't be given back alone
 
     def events(self, timeout_s: float) -> list[Event]:
         import ray
@@ -197,6 +243,8 @@ class RayPools:
         for worker_id in list(self._lives):
             self.kill(worker_id)
         self._spares.stop()
-        for group in self._groups.values():
+        extra = [group for worker_id, (group, _) in self._bundle_of.items() if self.is_extra(worker_id)]
+        for group in [*self._groups.values(), *extra]:
             remove_placement_group(group)
         self._groups.clear()
+        self._bundle_of.clear()

@@ -58,6 +58,8 @@ def render_status(status: dict[str, Any], url: str, wide: bool = True) -> Render
         (redis, "green" if redis == "ok" else "red"),
         ("  index approximate", "yellow") if approximate else "",
     )
+    if planned := _planned(status.get("planner")):
+        head = Text.assemble(head, "\n", planned)
     workers = status.get("workers") or []
     if not workers:
         return Group(head, Text("no workers are registered", "yellow"))
@@ -70,6 +72,15 @@ def render_status(status: dict[str, Any], url: str, wide: bool = True) -> Render
         table.add_row(*_row(worker, wide))
     ways = _ways(workers)
     return Group(head, table, Text(), ways) if ways.row_count else Group(head, table)
+
+
+def _planned(planner: dict[str, Any] | None) -> Text | None:
+    """One line of what the planner has found; a change that it only suggests stands out."""
+    if not planner:
+        return None
+    changes = planner.get("sizes") != planner.get("present")
+    word = "planner" if planner.get("apply") or not changes else "planner suggests"
+    return Text(f"{word}: {planner.get('text', '-')}", "yellow" if changes else "dim")
 
 
 def _ways(workers: list[dict[str, Any]]) -> Table:

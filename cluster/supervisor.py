@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from cluster.config import SupervisorConfig
 from cluster.topology import Replica
+from workers.protocol.messages import Role
 
 logger = logging.getLogger(__name__)
 
-Phase = Literal["starting", "running", "waiting"]
+Phase = Literal["starting", "running", "waiting", "draining"]
+_DRAIN_GRACE_S = 10.0  # to end in order, once the time for its streams is over
 _ALARM_AFTER = 5  # deaths in a row after which each further one is an error in the log
 
 
@@ -46,6 +48,12 @@ class Hands(Protocol):
 
     def kill(self, worker_id: str) -> None:
         """End the present life at once, a stopped process included. No event follows."""
+
+    def drain(self, worker_id: str, timeout_s: float) -> None:
+        """Let it take nothing new, finish what it has, and end; its end comes as an event. Does not block."""
+
+    def release(self, replica: Replica) -> None:
+        """It has left for good: its place may be another's."""
 
     def events(self, timeout_s: float) -> list[Event]:
         """What has happened, after at most `timeout_s` of waiting."""
@@ -89,6 +97,7 @@ class Supervisor:
         self._clock = clock
         self._wall_ms = wall_ms
         self.launching = True  # until the whole cluster has been up once: the launcher tells of deaths itself
+        self._drain_timeout_s = 0.0
         self._blind_since: float | None = None  # Redis does not answer: nobody can be called hung
 
     def start_all(self) -> None:
@@ -98,13 +107,36 @@ class Supervisor:
     def all_running(self) -> bool:
         return all(watched.phase == "running" for watched in self.watched.values())
 
+    def add(self, replica: Replica) -> None:
+        """One more worker, kept alive like the others from here on."""
+        if replica.worker_id in self.watched:
+            raise ValueError(f"{replica.worker_id} is here already")
+        watched = self.watched[replica.worker_id] = Watched(replica)
+        self._begin(watched)
+
+    def retire(self, worker_id: str, drain_timeout_s: float) -> None:
+        """Let a worker finish what it has and go; it is not started again. One that does not run goes at once."""
+        watched = self.watched[worker_id]
+        if watched.phase == "draining":
+            return
+        self._drain_timeout_s = drain_timeout_s
+        running, watched.phase, watched.since = watched.phase == "running", "draining", self._clock()
+        if running:
+            self._hands.drain(worker_id, drain_timeout_s)
+        else:
+            self._hands.kill(worker_id)
+            self._gone(watched, "it was not running")
+
+    def count(self, role: Role, phases: Collection[str]) -> int:
+        return sum(w.replica.role == role and w.phase in phases for w in self.watched.values())
+
     def tick(self, timeout_s: float) -> list[Event]:
         """One round: take in what happened, judge hanging and slow starts, begin lives that are due."""
         happened = [event for event in self._hands.events(timeout_s) if self._take_in(event)]
         now = self._clock()
         happened += self._overdue(now)
         happened += self._hung(now)
-        for watched in self.watched.values():
+        for watched in list(self.watched.values()):
             if watched.phase == "waiting" and watched.start_at <= now:
                 self._begin(watched)
         return happened
@@ -121,6 +153,9 @@ class Supervisor:
         watched = self.watched.get(event.worker_id)
         if watched is None or watched.epoch != event.epoch or watched.phase == "waiting":
             return False
+        if isinstance(event, Died) and watched.phase == "draining":
+            self._gone(watched, "its streams had ended")
+            return True
         if isinstance(event, Died):
             self._bury(watched, event.reason)
             return True
@@ -161,6 +196,15 @@ class Supervisor:
         watched.since = now
         watched.start_at = now + pause_s
 
+    def _gone(self, watched: Watched, reason: str) -> None:
+        """A worker that was to leave has left."""
+        worker_id = watched.replica.worker_id
+        del self.watched[worker_id]
+        self._hands.release(watched.replica)
+        logger.info(
+            "%s has left after %.1f s of draining: %s", worker_id, self._clock() - watched.since, reason
+        )
+
     def pause_s(self, deaths_in_a_row: int) -> float:
         """The first restart is at once, the second after the initial back-off, which then doubles up to its cap."""
         if deaths_in_a_row <= 1:
@@ -170,7 +214,9 @@ class Supervisor:
 
     def _overdue(self, now: float) -> list[Event]:
         found: list[Event] = []
-        for watched in self.watched.values():
+        for watched in list(self.watched.values()):
+            if watched.phase == "draining" and now - watched.since > self._drain_timeout_s + _DRAIN_GRACE_S:
+                found.append(self._put_down(watched, "its streams did not end in time; they go on elsewhere"))
             if watched.phase == "starting" and now - watched.since > self._start_timeout_s:
                 found.append(self._put_down(watched, f"not ready within {self._start_timeout_s:g} s"))
         return found
@@ -186,7 +232,7 @@ class Supervisor:
             for watched in self.watched.values():
                 watched.lease_seen = now
         found: list[Event] = []
-        for watched in self.watched.values():
+        for watched in list(self.watched.values()):
             if watched.phase != "running":
                 continue
             if leases.get(watched.replica.worker_id) == watched.epoch:
@@ -200,5 +246,8 @@ class Supervisor:
     def _put_down(self, watched: Watched, reason: str) -> Died:
         self._hands.kill(watched.replica.worker_id)
         died = Died(watched.replica.worker_id, watched.epoch, reason)
-        self._bury(watched, reason)
+        if watched.phase == "draining":
+            self._gone(watched, reason)
+        else:
+            self._bury(watched, reason)
         return died

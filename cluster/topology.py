@@ -125,6 +125,18 @@ def _gpu_share(
     return 1.0 if sharing == 1 else math.floor(10_000 / sharing) / 10_000
 
 
+def spare_cpus(config: ClusterConfig, plan: Plan) -> float:
+    """CPU slots that a Ray of our own needs besides, so that the planner may add workers."""
+    if not (config.planner.enabled and config.planner.apply):
+        return 0.0
+    most = {role: config.planner.bounds(role).max or 0 for role in ROLES}
+    return sum(
+        max(most[role] - len(replicas), 0) * replicas[0].num_cpus
+        for role in ROLES
+        if (replicas := plan.of(role))
+    )
+
+
 def _check_fits(replicas: Sequence[Replica], inventory: Inventory) -> None:
     """First-fit decreasing: exact for equal replicas, and what Ray's packing can do too."""
     needs = {"GPU": sum(replica.num_gpus for replica in replicas)}

@@ -21,12 +21,13 @@ from router.fleet import Fleet
 from router.index.feed import IndexFeed
 from router.prefix_index import PrefixIndex
 from workers.protocol import redis_keys
-from workers.protocol.messages import WorkerInfo
+from workers.protocol.messages import Planned, WorkerInfo
 from workers.protocol.redis_address import RedisAddress
 from workers.protocol.redis_client import TROUBLE, connect_async, node_of
 
 log = logging.getLogger(__name__)
 
+_decode_planned = msgspec.json.Decoder(Planned).decode
 _decode_info = msgspec.msgpack.Decoder(WorkerInfo).decode
 
 
@@ -50,6 +51,7 @@ class Discovery:
         self._poll_s = poll_s
         self._rng = rng or random.Random()
         address = RedisAddress.parse(redis_url)
+        self.planned: Planned | None = None  # None: no planner is running
         self._num_partitions = address.partitions
         self._redis: Any = connect_async(address, timeout_s=2.0)
         self.feed = IndexFeed(
@@ -101,10 +103,21 @@ class Discovery:
                 self._came_back()
                 self._fleet.sync(registered)
                 self._compare(positions)
+                await self._read_planned()
             except TROUBLE as error:
                 self._went_away(error)
             self._metrics.observe_index(self._index, self.approximate)
             await asyncio.sleep(self._pause_s())
+
+    async def _read_planned(self) -> None:
+        key = redis_keys.planner(self._cluster)
+        raw = await self._redis.execute_command("GET", key, **node_of(self._redis, key))
+        try:
+            self.planned = None if raw is None else _decode_planned(raw)
+        except msgspec.MsgspecError as error:
+            log.warning("the planner's decision can't be read: %s", error)
+            self.planned = None
+        self._metrics.observe_planned(self.planned)
 
     def _pause_s(self) -> float:
         return self._poll_s * self._rng.uniform(0.8, 1.2)

@@ -12,6 +12,8 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
+
 from router.admission.turns import Admission, Turn
 from router.attempt import Attempt, AttemptFailed
 from router.config import RouterConfig
@@ -338,6 +340,7 @@ class Dispatcher:
             "index": {"blocks": len(self.index), "approximate": self.discovery.approximate},
             "queue": self.admission.waiting,
             "in_flight": self._in_flight,
+            "planner": msgspec.to_builtins(self.discovery.planned),
             "workers": [
                 describe(member, self.book, self.index)
                 for member in sorted(self.fleet.members(), key=lambda m: m.info.worker_id)

@@ -9,6 +9,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 
 from router.explain import Step
 from router.prefix_index import PrefixIndex
+from workers.protocol.messages import Planned
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -88,6 +89,15 @@ class DispatchMetrics:
             "Blocks that workers are only guessed to hold, in approximate mode.",
             registry=registry,
         )
+        self.planner_replicas = Gauge(
+            "headrace_planner_replicas",
+            "Workers of each pool: wanted by the planner, present, draining.",
+            ["pool", "kind"],
+            registry=registry,
+        )
+        self.planner_apply = Gauge(
+            "headrace_planner_apply", "1 where the planner resizes pools itself.", registry=registry
+        )
         self.gaps = Counter(
             "headrace_index_gaps", "Lost batches noticed in the index log.", registry=registry
         )
@@ -106,6 +116,15 @@ class DispatchMetrics:
             where = "local" if step.local else "remote"
             for stage, seconds in step.seconds():
                 self._stage_seconds.labels(stage, where).observe(seconds)
+
+    def observe_planned(self, planned: Planned | None) -> None:
+        self.planner_apply.set(1 if planned is not None and planned.apply else 0)
+        self.planner_replicas.clear()
+        if planned is None:
+            return
+        for kind in ("sizes", "present", "draining"):
+            for pool, count in getattr(planned, kind).items():
+                self.planner_replicas.labels(pool, "wanted" if kind == "sizes" else kind).set(count)
 
     def observe_index(self, index: PrefixIndex, approximate: bool) -> None:
         self.index_blocks.set(len(index))

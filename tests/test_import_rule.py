@@ -48,6 +48,8 @@ PURE = (
     "cluster/planner/queueing.py",
     "cluster/planner/estimate.py",
     "cluster/planner/search.py",
+    "cluster/planner/decide.py",
+    "cluster/planner/observe.py",
 )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
@@ -23,6 +24,8 @@ from workers.transfer.block_memory import block_memory
 from workers.transfer.receiver import Receiver
 
 logger = logging.getLogger(__name__)
+
+_DRAIN_POLL_S = 0.1
 
 
 class Worker:
@@ -106,6 +109,18 @@ class Worker:
                 raise RuntimeError("the engine died") from self.serving.failure
             if self._publisher is not None and self._publisher.superseded:
                 raise RuntimeError(f"a later life of {self.config.worker_id} has taken its place")
+
+    def drain(self, timeout_s: float) -> bool:
+        """Take nothing new, and wait until nothing is left of what is here. False: the time was over before."""
+        self.serving.drain()
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if not self.serving.num_requests() and not len(self.serving.tickets) + len(self.serving.handoffs):
+                # The last tokens are still being written to routers.
+                time.sleep(min(self.config.heartbeat_s, 1.0))
+                return True
+            time.sleep(_DRAIN_POLL_S)
+        return False
 
     def stop(self) -> None:
         """Every connection is closed, every thread ended, the registration taken back."""

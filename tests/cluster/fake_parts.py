@@ -74,6 +74,9 @@ class FakeWorker:
     def wait(self) -> None:
         self._over.wait()
 
+    def drain(self, timeout_s: float) -> bool:
+        return True
+
     def stop(self) -> None:
         self._over.set()
         self._redis.delete(self._lease)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +24,8 @@ class Hands:
     def __init__(self) -> None:
         self.started: list[tuple[str, int]] = []
         self.killed: list[str] = []
+        self.drained: list[tuple[str, float]] = []
+        self.released: list[str] = []
         self.news: list[Event] = []
         self.alive: dict[str, int] = {}
         self.stopped: set[str] = set()
@@ -34,6 +37,12 @@ class Hands:
     def kill(self, worker_id: str) -> None:
         self.killed.append(worker_id)
         self.alive.pop(worker_id, None)
+
+    def drain(self, worker_id: str, timeout_s: float) -> None:
+        self.drained.append((worker_id, timeout_s))
+
+    def release(self, replica: Replica) -> None:
+        self.released.append(replica.worker_id)
 
     def events(self, timeout_s: float) -> list[Event]:
         news, self.news = self.news, []
@@ -229,3 +238,63 @@ def test_whatever_happens_epochs_grow_and_every_worker_is_kept(moves: list[str])
     world.tick(5.0)
     world.tick(5.0)
     assert world.phase() in ("starting", "running")
+
+
+# --- workers that come and go while the cluster runs ------------------------------------------------------------------
+
+
+def extra(world: World) -> Replica:
+    return dataclasses.replace(world.supervisor.watched["decode-0"].replica, worker_id="decode-1")
+
+
+def test_a_worker_that_is_added_is_kept_alive_like_the_others() -> None:
+    world = World()
+    world.comes_up()
+    world.supervisor.add(extra(world))
+    assert world.hands.started[-1][0] == "decode-1"
+    world.comes_up("decode-1")
+    world.tick(60)
+    world.dies("decode-1")
+    assert world.phase("decode-1") == "starting"
+    with pytest.raises(ValueError, match="is here already"):
+        world.supervisor.add(extra(world))
+
+
+def test_a_worker_that_retires_drains_and_is_not_started_again() -> None:
+    world = World()
+    world.comes_up()
+    world.supervisor.add(extra(world))
+    world.comes_up("decode-1")
+    world.supervisor.retire("decode-1", 100.0)
+    assert world.hands.drained == [("decode-1", 100.0)]
+    assert world.supervisor.count("decode", ("draining",)) == 1
+    world.tick(50)
+    assert world.hands.killed == []
+    world.dies("decode-1", "it ended without being asked to")
+    assert "decode-1" not in world.supervisor.watched
+    assert world.hands.released == ["decode-1"]
+    world.tick(100)
+    assert world.hands.started[-1][0] == "decode-1"
+    assert [worker for worker, _ in world.hands.started].count("decode-1") == 1
+    assert world.supervisor.all_running()
+
+
+def test_a_worker_that_does_not_end_its_streams_in_time_is_put_down_and_stays_away() -> None:
+    world = World(hang_timeout_s=1000.0)
+    world.comes_up()
+    world.supervisor.retire("decode-0", 20.0)
+    world.tick(29)
+    assert world.hands.killed == []
+    world.tick(2)
+    assert world.hands.killed == ["decode-0"]
+    assert world.hands.released == ["decode-0"]
+    assert "decode-0" not in world.supervisor.watched
+
+
+def test_a_worker_that_never_came_up_leaves_at_once() -> None:
+    world = World()
+    world.comes_up()
+    world.supervisor.add(extra(world))
+    world.supervisor.retire("decode-1", 100.0)
+    assert world.hands.drained == []
+    assert world.hands.killed == world.hands.released == ["decode-1"]

@@ -193,6 +193,16 @@ class Load(Struct, frozen=True):
     peers: dict[str, PeerStatus] = {}  # by worker_id: those that this worker sends blocks to
 
 
+class Planned(Struct, frozen=True):
+    """What the planner last decided, by pool. In Redis, as JSON: for people and dashboards."""
+
+    text: str
+    apply: bool  # it starts and drains workers itself
+    sizes: dict[str, int]  # workers there should be
+    present: dict[str, int]  # workers there are, starting ones included
+    draining: dict[str, int]
+
+
 # --- connection set-up (both planes) ---------------------------------------------------------------------------------
 
 
