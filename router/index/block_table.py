@@ -1,7 +1,7 @@
 """hash -> who holds it, for tens of millions of blocks, in steps that are never long.
 
-The table is 256 dicts, chosen by the first byte of the hash: a dict that grows is copied as a whole, and of one with
-twenty million entries that would stop the event loop for a second. In a shard it is a few milliseconds.
+The table is 256 dicts, chosen by the first byte of the hash: a dict that grows is copied as a whole, and one of eleven
+million entries would stop the event loop for half a second. In a shard it is a few milliseconds.
 
 A worker that goes does not take its blocks out one by one. Its slot is retired: whoever asks masks it out, and a sweep
 through the shards, a slice at a time, takes it out of the sets. Its number is given to another worker only after that.
