@@ -28,6 +28,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple, TypeVar
 
 from router.config import PolicyConfig
@@ -39,6 +40,7 @@ from workers.protocol.messages import Role
 T = TypeVar("T")
 
 _NOTHING = CachedPrefix(0)
+_blocks, _host, _disk = attrgetter("blocks"), attrgetter("host"), attrgetter("disk")
 _MAX_WEIGHED = 64  # of one role
 _ENOUGH_EQUALS = 8  # equals to draw from: replicas that see the same must not all go to the same worker
 _WIDTH = 4  # of each role, that are paired with each other
@@ -145,10 +147,12 @@ class CostPolicy:
     def _asked(self, demand: Demand) -> _Asked:
         # A prefix that everybody has makes this the longest loop of all: what it costs per holder counts.
         names = list(demand.cached_blocks)
-        blocks = [held for held, _, _ in demand.cached_blocks.values()]
-        device = [held - host - disk for held, host, disk in demand.cached_blocks.values()]
+        prefixes = list(demand.cached_blocks.values())
+        device = blocks = list(map(_blocks, prefixes))
+        if sum(map(_host, prefixes)) or sum(map(_disk, prefixes)):
+            device = [prefix.device for prefix in prefixes]
         order = sorted(range(len(names)), key=blocks.__getitem__, reverse=True)
-        in_cache = order if device == blocks else sorted(order, key=device.__getitem__, reverse=True)
+        in_cache = order if device is blocks else sorted(order, key=device.__getitem__, reverse=True)
         longest = [
             (min(device[at] * demand.block_size, demand.prompt_tokens), names[at]) for at in in_cache[:2]
         ] + [(0, "")] * 2
