@@ -6,12 +6,14 @@ With the tokens, the logprobs and the counts that it would have had, and nothing
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import pytest
 
 from router.config import AdmissionConfig
-from router.generation import Generation, TokenChunk
+from router.generation import DeadlineExceeded, Generation, TokenChunk
+from router.sessions import Sessions
 from tests.router.fake_cluster import FakeCluster, generation, until
 from tests.router.fake_worker import FakeWorker, expected_output, logprobs_of
 from tests.router.test_dispatch import once
@@ -204,3 +206,34 @@ async def test_many_streams_share_a_worker_that_dies(valkey):
         for one, chunks in zip(asked, await asyncio.gather(*streams), strict=True):
             check(chunks, one)
         await cluster.at_rest()
+
+
+@pytest.mark.parametrize(
+    "state", ["waiting", "reserve", "ticketed", "prefill", "prefilled", "commit", "token"]
+)
+async def test_the_deadline_passes_in_any_state(valkey, state):
+    async with FakeCluster(valkey.url) as cluster:
+        reached = asyncio.Event()
+
+        def hang(stage: str, work: object) -> str | None:
+            if stage != ("reserve" if state == "waiting" else state):
+                return None
+            reached.set()
+            return "busy" if state == "waiting" else None if stage == "token" else "drop"
+
+        await cluster.start(hook=hang, step_s=0.01)
+        asked = generation(prompt=PROMPT, max_tokens=5000)
+        sessions = Sessions()
+        with pytest.raises(DeadlineExceeded):
+            async with sessions.open() as session:
+                session.end_at(time.monotonic() + 0.3)
+                stream = cluster.dispatcher.generate(asked)
+                try:
+                    async for _ in stream:
+                        pass
+                finally:
+                    await stream.aclose()
+        assert reached.is_set()
+        await cluster.at_rest()
+        (request,) = cluster.dispatcher.explain("r0")["requests"]
+        assert request["outcome"] == "cancelled"
