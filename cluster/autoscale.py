@@ -89,7 +89,7 @@ class Autoscaler:
         self._most: Mapping[Role, int] = {}
         self._lock = threading.Lock()  # of what both threads touch: state, census, decided
         self._decided: Decision | None = None
-        self._said = ""
+        self._said: Mapping[Role, int] = {}
         self._blind = False
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="planner", daemon=True)
@@ -171,9 +171,9 @@ class Autoscaler:
         with self._lock:
             if self._state is state:  # else it was acted on meanwhile
                 self._state, self._decided = decision.state, decision
-        if decision.changes and decision.text != self._said and not self._config.apply:
+        if decision.changes and decision.sizes != self._said and not self._config.apply:
             logger.info("planner suggests: %s (planner.apply is off)", decision.text)
-        self._said = decision.text
+        self._said = decision.sizes
         self._tell(
             Planned(
                 text=decision.text,

@@ -52,6 +52,7 @@ def figures(run: Run, slo: Slo | None, warmup_s: float) -> dict[str, Any]:
         "itl_s": spread([gap for r in good for gap in r.gaps]),
         "e2e_s": spread([r.ended - r.started for r in good]),
         "late_s": spread([r.late for r in measured if r.sent]),
+        "connect_s": spread([r.written - r.sent for r in measured if r.written]),
         "in_flight": in_flight(run.records, run.began),
         "most_in_flight": run.most_in_flight,
         "generator": {

@@ -20,6 +20,7 @@ _ROWS = (
     ("itl_s", "ITL"),
     ("e2e_s", "end to end"),
     ("late_s", "sent late"),
+    ("connect_s", "connecting"),
 )
 
 

@@ -29,7 +29,8 @@ class ServerError(Exception):
 class Record(Timed):
     """One request. `started` is when it was due: what waiting for the generator cost counts as latency."""
 
-    sent: float = 0.0  # when it was written to the socket; 0: never
+    sent: float = 0.0  # when the generator came to it
+    written: float = 0.0  # to the socket, once there was a connection; 0: never, or the answer broke off
     kind: str = ""  # of the error
     turn: int = 0
     asked_prompt_tokens: int = 0
@@ -80,7 +81,7 @@ class Server:
 
         record.sent = time.perf_counter()
         try:
-            status, record.sent = await self.wire.request(
+            status, record.written = await self.wire.request(
                 "POST", _PATHS[self.api], body, came, self.timeout_s
             )
         except WireError as error:

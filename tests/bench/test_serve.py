@@ -386,7 +386,9 @@ def made_by_hand() -> Run:
     """Three requests, a second apart; the second keeps no limit, the third fails."""
     run = Run(100.0)
     run.records = [
-        Record(100.0, [100.5, 100.6, 100.7], 3, 10, ended=100.7, sent=100.1, asked_output_tokens=3),
+        Record(
+            100.0, [100.5, 100.6, 100.7], 3, 10, ended=100.7, sent=100.1, written=100.3, asked_output_tokens=3
+        ),
         Record(101.0, [103.0, 104.0], 2, 20, ended=104.0, sent=101.0, asked_output_tokens=2),
         Record(102.0, [], 0, None, ended=102.5, sent=102.0, error="no", kind="http 500"),
     ]
@@ -409,6 +411,7 @@ def test_figures_are_what_one_works_out_by_hand() -> None:
     assert found["itl_s"]["max"] == pytest.approx(1.0)
     assert found["e2e_s"]["max"] == pytest.approx(3.0)
     assert found["late_s"]["max"] == pytest.approx(0.1)
+    assert found["connect_s"]["max"] == pytest.approx(0.2)
     assert found["goodput_requests_per_s"] == pytest.approx(0.25)
     assert found["goodput_share"] == pytest.approx(1 / 3)
     assert found["offered_requests_per_s"] == pytest.approx(1.0)

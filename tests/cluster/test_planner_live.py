@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import signal
@@ -72,10 +73,14 @@ class World:
         self.autoscaler.tick()
 
 
-def test_a_suggestion_is_told_and_nothing_is_done() -> None:
+def test_a_suggestion_is_told_and_nothing_is_done(caplog: pytest.LogCaptureFixture) -> None:
     world = World()
-    for _ in range(6):
-        world.turn()
+    with caplog.at_level(logging.INFO, logger="cluster.autoscale"):
+        for _ in range(12):
+            world.turn()
+    assert (
+        len([record for record in caplog.records if "planner suggests" in record.message]) == 1
+    )  # not every time
     assert world.pools.asked == []
     assert world.told[-1].sizes["decode"] > 1
     assert not world.told[-1].apply
