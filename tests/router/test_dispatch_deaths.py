@@ -223,9 +223,9 @@ async def test_the_deadline_passes_in_any_state(valkey, state):
 
         await cluster.start(hook=hang, step_s=0.01)
         asked = generation(prompt=PROMPT, max_tokens=5000)
-        sessions = Sessions()
-        with pytest.raises(DeadlineExceeded):
-            async with sessions.open() as session:
+
+        async def serve() -> None:
+            async with Sessions().open() as session:
                 session.end_at(time.monotonic() + 0.3)
                 stream = cluster.dispatcher.generate(asked)
                 try:
@@ -233,6 +233,9 @@ async def test_the_deadline_passes_in_any_state(valkey, state):
                         pass
                 finally:
                     await stream.aclose()
+
+        with pytest.raises(DeadlineExceeded):
+            await serve()
         assert reached.is_set()
         await cluster.at_rest()
         (request,) = cluster.dispatcher.explain("r0")["requests"]
