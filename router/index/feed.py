@@ -12,7 +12,7 @@ import asyncio
 import logging
 import struct
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import msgspec
 import redis.asyncio
@@ -28,7 +28,7 @@ from workers.protocol.tiers import MEMBER_BYTES, Removed, unpack_member
 
 log = logging.getLogger(__name__)
 
-_BLOCK_MS = 1000
+_BLOCK_MS = 250  # also how soon a quiet log is known to have come to its end
 _BATCHES_PER_READ = 64
 _PIECE_BLOCKS = 4096  # asked of Redis at a time
 _STEP_BLOCKS = 512  # taken in before others get their turn: half a millisecond
@@ -38,6 +38,14 @@ _TIDY_PAUSE_S = 0.005
 Entry = tuple[bytes, dict[bytes, bytes]]  # id and fields in the stream
 
 _decode_batch = msgspec.msgpack.Decoder(IndexBatch).decode
+
+
+class _Seen(NamedTuple):
+    """What a poll found of a worker."""
+
+    epoch: int
+    seq: int
+    ends: int  # how often the log had been read to its end by then
 
 
 class IndexFeed:
@@ -64,7 +72,8 @@ class IndexFeed:
         self._functions = AsyncFunctions(self._redis)
         self._tail_ids: dict[str, bytes] = {}  # partition -> place in its log; absent: it has none yet
         self._synced: dict[str, int] = {}  # worker -> epoch whose entries are exact
-        self._seen_seq: dict[str, tuple[int, int]] = {}  # worker -> (epoch, seq in Redis at the last poll)
+        self._ends: dict[str, int] = {}  # partition -> how often its log was read to the end
+        self._seen: dict[str, _Seen] = {}  # worker -> what Redis said, as yet unproven
         self._wanted: dict[str, int] = {}  # worker -> epoch whose snapshot is to be read
         self._wanting = asyncio.Event()
         self._stopping = False
@@ -90,27 +99,42 @@ class IndexFeed:
 
     def nothing_is_exact(self) -> None:
         self._synced.clear()
-        self._seen_seq.clear()
+        self._seen.clear()
 
     def forget(self, worker_id: str) -> None:
         self._index.drop(worker_id)
-        for known in (self._synced, self._seen_seq, self._wanted):
+        for known in (self._synced, self._seen, self._wanted):
             known.pop(worker_id, None)
 
     def compare(self, worker_id: str, epoch: int, in_redis: int | None) -> None:
         """`in_redis`: number of the last batch there; None: Redis has no snapshot of this life."""
-        if self._partition(worker_id) not in self._tail_ids:
+        partition = self._partition(worker_id)
+        if partition not in self._tail_ids:
             return
         if in_redis is None:
             self._synced.pop(worker_id, None)
             return
         position = self._index.position(worker_id, epoch)
-        # The tail may be a poll behind; more than that means that the log lost something at its end.
-        seen_epoch, seen = self._seen_seq.get(worker_id, (epoch, 0))
-        lost = position is not None and seen_epoch == epoch and position < min(seen, in_redis)
-        self._seen_seq[worker_id] = (epoch, in_redis)
-        if lost or position is None or not self.is_exact(worker_id, epoch):
+        if (
+            position is None
+            or not self.is_exact(worker_id, epoch)
+            or self._is_lost(worker_id, _Seen(epoch, in_redis, self._ends.get(partition, 0)), position)
+        ):
             self._want(worker_id, epoch)
+
+    def _is_lost(self, worker_id: str, now: _Seen, position: int) -> bool:
+        """The log has been read to its end, by a read that began after Redis named a number, and did not bring it there.
+
+        A tail that is merely behind is given its time: to read snapshots would put it further back.
+        """
+        seen = self._seen.get(worker_id)
+        if seen is None or seen.epoch != now.epoch or position >= seen.seq or now.seq < seen.seq:
+            self._seen[worker_id] = now
+            return False
+        if now.ends < seen.ends + 2:  # the first of them may have been under way already
+            return False
+        del self._seen[worker_id]
+        return True
 
     def _want(self, worker_id: str, epoch: int) -> None:
         self._wanted[worker_id] = epoch
@@ -131,8 +155,12 @@ class IndexFeed:
                     place = self._tail_ids[partition] = newest[0][0] if newest else b"0-0"
                 read = ("XREAD", "COUNT", _BATCHES_PER_READ, "BLOCK", _BLOCK_MS, "STREAMS")
                 answer = await self._ask(*read, key, place, key=key)
+                read_to_end = True
                 for _, entries in _streams(answer):
+                    read_to_end = len(entries) < _BATCHES_PER_READ
                     await self._apply(partition, entries)
+                if read_to_end:
+                    self._ends[partition] = self._ends.get(partition, 0) + 1
             except TROUBLE as error:
                 # The stream may be another one when Redis is back: take a new place in it, then read snapshots.
                 self._tail_ids.pop(partition, None)
@@ -201,6 +229,8 @@ class IndexFeed:
                 self._synced[worker_id] = epoch
                 self._wanted.pop(worker_id, None)  # gaps that were noticed meanwhile are mended
                 self._metrics.snapshots.inc()
+        except struct.error as error:
+            log.warning("snapshot of %s:%d can't be read: %s", worker_id, epoch, error)
         finally:
             load.abandon()
 

@@ -534,3 +534,42 @@ def test_the_registry_entry_can_be_read(valkey):
         assert msgspec.msgpack.decode(entry, type=WorkerInfo) == info("w0", 7)
         assert client.get(redis_keys.lease(part, "w0")) == b"7"
     worker.publisher.close()
+
+
+async def test_a_snapshot_that_cannot_be_read_harms_nobody_else(valkey):
+    workers = [Worker(valkey.url, f"w{n}") for n in range(2)]
+    blocks = redis_keys.index_blocks(CLUSTER, "w0", 1)
+    with valkey.client() as client:
+        await until(lambda: all(worker.publisher.synced for worker in workers))
+        workers[1].change({(h(1), DEVICE)})
+        client.sadd(blocks, b"not a member")
+        async with Reader(valkey.url, lambda: workers).running() as reader:
+            await until(lambda: reader.feed.is_exact("w1", 1))
+            await until(lambda: reader.index.match([h(1)]) == {"w1": (1, 0, 0)})
+            assert not reader.feed.is_exact("w0", 1)
+            client.srem(blocks, b"not a member")
+            await until(reader.is_exact)
+    for worker in workers:
+        await asyncio.to_thread(worker.publisher.close)
+
+
+async def test_a_tail_that_is_behind_is_not_taken_for_a_loss(valkey, monkeypatch):
+    """Reading snapshots instead would put it further behind."""
+    worker = Worker(valkey.url, "w0")
+    async with Reader(valkey.url, lambda: [worker]).running() as reader:
+        worker.change({(h(0), DEVICE)})
+        await until(reader.is_exact)
+        read = reader.registry.get_sample_value("headrace_index_snapshots_total")
+        real = reader.feed._apply
+
+        async def slowly(partition, entries):
+            await asyncio.sleep(0.5)
+            await real(partition, entries)
+
+        monkeypatch.setattr(reader.feed, "_apply", slowly)
+        for n in range(1, 6):
+            worker.change({(h(n), DEVICE)})
+            await asyncio.sleep(0.1)
+        await until(reader.is_exact)
+        assert reader.registry.get_sample_value("headrace_index_snapshots_total") == read
+    await asyncio.to_thread(worker.publisher.close)
