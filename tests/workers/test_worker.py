@@ -6,6 +6,7 @@ import itertools
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -490,3 +491,35 @@ def test_status_tells_hashes_and_metrics(start: Start) -> None:
         if s.name.endswith("_total")
     }
     assert outcomes == {"length": 1}
+
+
+def test_a_draining_worker_takes_nothing_new_and_finishes_what_it_has(start: Start, alone: Engine) -> None:
+    worker = start()
+    client = Client(worker.info.address)
+    running = work(max_tokens=400)
+    client.send(local(running))
+    client.next(Accepted)
+    first = client.next(Tokens).deltas
+    with ThreadPoolExecutor() as pool:
+        drained = pool.submit(worker.drain, 30.0)
+        until(lambda: worker.serving._draining)
+        late = Client(worker.info.address)
+        late.send(local(work()))
+        assert late.next(Failed).code == "draining"
+        tokens = [token for delta in first for token in delta.tokens]
+        while len(tokens) < 400:
+            tokens += [token for delta in client.next(Tokens).deltas for token in delta.tokens]
+        assert drained.result() is True
+    assert tokens == alone.generate([running.prompt], running.sampling)[0].tokens
+    assert at_rest(worker)
+
+
+def test_a_drain_waits_for_tickets_and_says_when_its_time_is_over(start: Start) -> None:
+    worker = start()
+    client = Client(worker.info.address)
+    held = work(list(range(3, 60)))
+    client.send(remote(held, lease_s=30.0))
+    client.next(Ticketed)
+    assert worker.drain(0.3) is False
+    client.send(Cancel(held.request_id))
+    assert worker.drain(10.0) is True
