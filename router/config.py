@@ -122,6 +122,12 @@ class PolicyConfig(Section):
     keep_decisions: int = Field(
         512, ge=0, description="requests that a router can explain (`headrace explain`), the last ones"
     )
+    tolerance: float = Field(
+        0.0,
+        ge=0,
+        description="costs that differ by no more than this share of the prompt count as equal; 0.4 is for many "
+        "router replicas, which would all choose the same worker between two heartbeats",
+    )
     host_bytes_per_s: float = Field(
         4e9, gt=0, description="rate of KV blocks between workers of one host, until it is measured"
     )

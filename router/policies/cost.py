@@ -129,7 +129,11 @@ class CostPolicy:
     ) -> Score | None:
         workers = self._ranked(views)
         found = self._cheapest("prefill", self._asked(demand), workers, exclude)
-        return self._any(found, [weighed.cost for weighed in found]).score(demand) if found else None
+        return (
+            self._any(found, [weighed.cost for weighed in found], self._slack(demand)).score(demand)
+            if found
+            else None
+        )
 
     def standing(self, view: WorkerView, pool: Pool) -> float:
         """The queue of a worker and what its running streams cost a new one."""
@@ -170,6 +174,7 @@ class CostPolicy:
         demand, pool = asked.demand, workers.pool(role)
         found: dict[str, _Weighed] = {}
         lowest = float("inf")  # of those that were weighed
+        slack = self._slack(demand)
 
         def weigh(view: WorkerView) -> None:
             nonlocal lowest
@@ -190,7 +195,7 @@ class CostPolicy:
             least = standing + demand.prompt_tokens - self._most_credit(asked, cached)
             if local is not None and demand.prompt_tokens - cached > local.most:
                 least += local.saves
-            if lowest < least or (lowest == least and len(found) >= _ENOUGH_EQUALS):
+            if lowest + slack < least or (lowest <= least and len(found) >= _ENOUGH_EQUALS):
                 break
             if len(found) >= _MAX_WEIGHED:
                 break
@@ -278,7 +283,7 @@ class CostPolicy:
             if remote[0].cost + prefills[0].cost <= least:
                 pairs += self._handed_over(asked, workers, exclude, remote, prefills, local)
         costs = [d.cost + (0.0 if p is None else p.cost + distance) for d, p, distance in pairs]
-        return self._any(pairs, costs)
+        return self._any(pairs, costs, self._slack(demand))
 
     def _handed_over(
         self,
@@ -294,8 +299,8 @@ class CostPolicy:
         if not demand.token_bytes:
             return [
                 (
-                    self._any(decodes, [d.cost for d in decodes]),
-                    self._any(prefills, [p.cost for p in prefills]),
+                    self._any(decodes, [d.cost for d in decodes], self._slack(demand)),
+                    self._any(prefills, [p.cost for p in prefills], self._slack(demand)),
                     0.0,
                 )
             ]
@@ -359,10 +364,14 @@ class CostPolicy:
         most = max(self._config.local_prefill_max, wait_s / known if known else 0.0)
         return _LocalPrefill(self._config, most, prefill.cost, wait_s, known)
 
-    def _any(self, candidates: list[T], costs: list[float]) -> T:
+    def _slack(self, demand: Demand) -> float:
+        """Costs that differ by no more count as equal."""
+        return self._config.tolerance * demand.prompt_tokens
+
+    def _any(self, candidates: list[T], costs: list[float], slack: float = 0.0) -> T:
         """Of the cheapest, any."""
-        lowest = min(costs)
-        best = [candidate for candidate, cost in zip(candidates, costs, strict=True) if cost == lowest]
+        enough = min(costs) + slack
+        best = [candidate for candidate, cost in zip(candidates, costs, strict=True) if cost <= enough]
         return best[0] if len(best) == 1 else self._rng.choice(best)
 
 

@@ -130,6 +130,16 @@ def test_ties_are_broken_at_random():
     assert min(Counter(c.prefill.worker_id for c in choices).values()) > 100
 
 
+def test_what_is_nearly_equal_may_count_as_equal():
+    views = [decode("d1"), decode("d2", blocks=90), decode("d3", blocks=110)]
+    chooser = policy(tolerance=0.1)
+    picked = Counter(chooser.choose(demand(1000), views).decode.worker_id for _ in range(200))
+    assert set(picked) == {"d1", "d2"}
+    assert min(picked.values()) > 60
+    prefills = [prefill("p1"), prefill("p2", queued=100), prefill("p3", queued=101)]
+    assert {chooser.choose_prefill(demand(1000), prefills).worker_id for _ in range(60)} == {"p1", "p2"}
+
+
 def test_choosing_only_a_prefill_worker():
     views = [decode("d"), prefill("p1", queued=9), prefill("p2")]
     assert policy().choose_prefill(demand(), views).worker_id == "p2"
