@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.results import write_results
 from bench.simulate.capacity import capacity_per_s
 from bench.simulate.cluster import Cluster, ClusterConfig, Fault
 from bench.simulate.cost import CostError, StepCost
 from bench.simulate.defaults import H100_LLAMA2_70B, KV_TOKENS
+from bench.simulate.experiment import Cell, markdown, plot, run_cells
 from bench.simulate.index_stream import StreamConfig
 from bench.simulate.jobs import Asked
 from bench.simulate.network import Wires
@@ -56,6 +61,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run.add_argument("--json", type=Path, help="write what was found there")
     run.add_argument("--timings", action="store_true", help="also what depends on this machine")
     run.set_defaults(act=_run)
+    policies = commands.add_parser("policies", help="every policy, several loads, sizes and traces: a table")
+    _add_trace(policies)
+    _add_cluster(policies)
+    policies.add_argument("--policies", type=_words, default=list(NAMES), help=f"of {','.join(NAMES)}")
+    policies.add_argument("--loads", type=_shares, default=[0.2, 0.5, 0.7, 0.85, 0.95])
+    policies.add_argument("--sizes", type=_counts, default=[8, 16, 64], help="workers")
+    policies.add_argument("--shapes", type=_words, default=["split", "unified"])
+    policies.add_argument("--and-sessions", action="store_true", help="sessions too, beside --trace")
+    policies.add_argument(
+        "--per-worker", type=int, default=250, help="requests for each worker, as far as the trace goes"
+    )
+    policies.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    policies.add_argument("--out", type=Path, default=Path("bench-out/simulate"))
+    policies.set_defaults(act=_policies)
+    fitting = commands.add_parser(
+        "fit", help="a cost model of the engine on this machine, and how good it is"
+    )
+    fitting.add_argument("--model", default="smollm2-135m-instruct")
+    fitting.add_argument("--config", default="bf16", help="as `bench engine` names them")
+    fitting.add_argument("--threads", type=int, default=1)
+    fitting.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: one thread, a busy machine"
+    )
+    fitting.add_argument("--chunk", type=int, default=256, help="engine.max_num_batched_tokens")
+    fitting.add_argument("--runs", type=int, default=3)
+    fitting.add_argument("--out", type=Path, default=Path("cost.json"), help="for `run --cost`")
+    fitting.add_argument("--json", type=Path, help="every step and every check")
+    fitting.set_defaults(act=_fit)
     given = parser.parse_args(arguments)
     try:
         given.act(given)
@@ -63,12 +96,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
 
 
+def _words(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _counts(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _shares(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
 def _add_trace(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--trace", type=Path, help="Mooncake JSONL, or Azure CSV (by its ending)")
     source.add_argument("--sessions", type=int, help="so many made-up multi-turn sessions; default 1500")
     parser.add_argument("--requests", type=int, help="only the first so many of the trace")
-    parser.add_argument("--think-s", type=float, default=10.0, help="mean pause inside a session")
+    parser.add_argument(
+        "--think-s", type=float, default=SessionsShape.think_s, help="mean pause inside a session"
+    )
     parser.add_argument("--zipf", type=float, default=1.0, help="how unequal system prompts are")
     parser.add_argument(
         "--block-size",
@@ -191,24 +238,23 @@ def _fault(text: str) -> Fault:
         ) from None
 
 
-def _fits(trace: Sequence[Asked], config: ClusterConfig) -> list[Asked]:
-    """Without requests that no worker could ever hold, as the router refuses them."""
-    limits = config.limits
-    most = limits.num_blocks * limits.block_size
-    return [asked for asked in trace if asked.prompt_tokens + asked.output_tokens <= most]
+def _fitting(trace: list[Asked], kv_tokens: int) -> list[Asked]:
+    """Without requests that no worker could ever hold: a router refuses them."""
+    fitting = [asked for asked in trace if asked.prompt_tokens + asked.output_tokens <= kv_tokens]
+    if len(fitting) == len(trace):
+        return trace
+    if any(asked.after is not None for asked in trace):
+        raise UsageError(f"--kv-tokens {kv_tokens}: a session outgrows the KV cache of a worker")
+    print(
+        f"{len(trace) - len(fitting)} requests outgrow a worker's KV cache and are left out", file=sys.stderr
+    )
+    return fitting
 
 
 def _run(given: argparse.Namespace) -> None:
     trace, size = trace_of(given)
+    trace = _fitting(trace, given.kv_tokens)
     config = config_of(given, given.policy, size)
-    if len(fitting := _fits(trace, config)) < len(trace):
-        if any(asked.after is not None for asked in trace):
-            raise UsageError(f"--kv-tokens {given.kv_tokens}: a session outgrows the KV cache of a worker")
-        print(
-            f"{len(trace) - len(fitting)} requests are longer than a worker's KV cache and left out",
-            file=sys.stderr,
-        )
-        trace = fitting
     found: dict[str, Any] = {"policy": given.policy, "prefill": config.prefill, "decode": config.decode}
     rate = given.rate
     if given.load is not None:
@@ -231,3 +277,107 @@ def _run(given: argparse.Namespace) -> None:
     shown = {key: value for key, value in found.items() if key != "over_time"}
     print(json.dumps(shown, indent=1))
     print(f"simulated {len(trace)} requests in {wall_s:.1f} s", file=sys.stderr)
+
+
+# --- policies -------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=2)
+def _read(path: Path, block_size: int, most: int, kv_tokens: int) -> list[Asked]:
+    read = read_azure if path.suffix == ".csv" else read_mooncake
+    return _fitting(read(path, block_size, most), kv_tokens)
+
+
+@functools.lru_cache(maxsize=2)
+def _sessions(shape: SessionsShape, block_size: int, most: int, kv_tokens: int) -> list[Asked]:
+    return _fitting(sessions(shape, block_size)[:most], kv_tokens)
+
+
+def _policies(given: argparse.Namespace) -> None:
+    for shape in given.shapes:
+        if shape not in ("split", "unified"):
+            raise UsageError(f"--shapes {shape}: it must be split, unified or both")
+    if min(given.sizes) < 2 or min(given.loads) <= 0 or given.per_worker < 1 or given.processes < 1:
+        raise UsageError(
+            "--sizes must be at least 2, --loads above 0, --per-worker and --processes at least 1"
+        )
+    cells = []
+    for workers in given.sizes:
+        most = workers * given.per_worker
+        for name, size, trace in _sources(given, most):
+            for shape in given.shapes:
+                half = workers // 2
+                changes = (
+                    {"prefill": half, "decode": workers - half} if shape == "split" else {"decode": workers}
+                )
+                config = dataclasses.replace(config_of(given, "cost", size), **changes)
+                cells.append(Cell(name, workers, shape == "split", trace, config))
+    rows = []
+    slo = Slo(given.slo_ttft_s, given.slo_tpot_s)
+    for row in run_cells(cells, given.policies, given.loads, slo, given.processes):
+        rows.append(row)
+        print(
+            f"{row['trace']} {row['workers']} {'split' if row['split'] else 'unified'} load {row['load']:g} "
+            f"{row['policy']}: hits {row['hits']:.3f} TTFT p99 {row['ttft_p99_s']:.2f} s",
+            flush=True,
+        )
+    found = {
+        "cost": cost_of(given).source,
+        "slo": dataclasses.asdict(slo),
+        "kv_tokens": given.kv_tokens,
+        "chunk": given.chunk,
+        "seed": given.seed,
+        "fetching": not given.no_fetch,
+        "rows": rows,
+    }
+    write_results(given.out, "policies", found, markdown(found), plot)
+
+
+def _sources(given: argparse.Namespace, most: int) -> list[tuple[str, int, Any]]:
+    """(name, block size, how to make it): the trace if one was given, and sessions."""
+    found: list[tuple[str, int, Any]] = []
+    if given.trace is not None:
+        size = given.block_size or MOONCAKE_BLOCK
+        limit = min(most, given.requests or most)
+        found.append(
+            (given.trace.stem, size, functools.partial(_read, given.trace, size, limit, given.kv_tokens))
+        )
+    if given.trace is None or given.and_sessions:
+        size = given.block_size or SESSION_BLOCK
+        # Of 6 turns on the average; a few sessions more than are needed.
+        count = given.sessions or -(-most // 5)
+        shape = SessionsShape(sessions=count, think_s=given.think_s, zipf=given.zipf, seed=given.seed)
+        found.append(("sessions", size, functools.partial(_sessions, shape, size, most, given.kv_tokens)))
+    return found
+
+
+# --- fit ------------------------------------------------------------------------------------------------------------
+
+
+def _fit(given: argparse.Namespace) -> None:
+    if given.clock == "cpu" and given.threads != 1:
+        raise UsageError(
+            f"--clock cpu --threads {given.threads}: processor time tells the wall's with one thread only"
+        )
+    from bench.simulate.fit import Grid, fit_engine
+    from workers.models.catalog import prepare_model
+
+    grid = Grid(chunk=given.chunk, runs=given.runs)
+    cost, found = fit_engine(
+        prepare_model(given.model, say=print), given.config, given.threads, grid, given.clock, print
+    )
+    cost.write(given.out)
+    if given.json is not None:
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
+    print("\n| steps | number | median error | p90 |\n|---|---|---|---|")
+    for kind, error in found["errors"].items():
+        print(f"| {kind} | {error['steps']} | {error['median']:.1%} | {error['p90']:.1%} |")
+    names = list(found["checks"][0]["off"])
+    print(f"\n| load | {' | '.join(names)} |\n" + "|---" * (len(names) + 1) + "|")
+    for check in found["checks"]:
+        cells = (
+            f"{check['measured'][name]:.4g} → {check['simulated'][name]:.4g} ({check['off'][name]:+.0%})"
+            for name in names
+        )
+        print(f"| {check['load']:.0%} | {' | '.join(cells)} |")
+    print(f"\nmeasured → simulated (error). The model is in {given.out}")

@@ -147,15 +147,18 @@ def _length(row: dict[str, Any], field: str, where: str) -> int:
 
 @dataclass(frozen=True)
 class SessionsShape:
-    """Multi-turn conversations. Lengths are drawn from ranges, evenly; times are in seconds."""
+    """Multi-turn conversations, by default like those of agents: long prompts that grow, short answers.
+
+    Lengths are drawn from ranges, evenly; times are in seconds.
+    """
 
     sessions: int = 1500
-    turns: tuple[int, int] = (2, 12)
-    think_s: float = 10.0  # mean of an exponential pause between an answer and the next question
-    question_tokens: tuple[int, int] = (50, 800)
-    answer_tokens: tuple[int, int] = (50, 500)
+    turns: tuple[int, int] = (2, 10)
+    think_s: float = 5.0  # mean of an exponential pause between an answer and the next question
+    question_tokens: tuple[int, int] = (1000, 8000)
+    answer_tokens: tuple[int, int] = (50, 400)
     system_prompts: int = 32
-    system_tokens: tuple[int, int] = (200, 4000)
+    system_tokens: tuple[int, int] = (2000, 12_000)
     zipf: float = 1.0  # popularity of the n-th system prompt is n ** -zipf
     per_s: float = 1.0  # sessions begun, a Poisson stream; the rate is scaled by the load
     seed: int = 0
@@ -215,7 +218,7 @@ def sessions(shape: SessionsShape, block_size: int) -> list[Asked]:
 
 
 def _tokens(rng: random.Random, count: int) -> list[int]:
-    return rng.choices(range(1 << 16), k=count)
+    return list(memoryview(rng.randbytes(2 * count)).cast("H"))
 
 
 # --- about a trace --------------------------------------------------------------------------------------------------
