@@ -32,6 +32,7 @@ _BENCHMARKS = {
     "compare": "bench.compare",
     "transfer": "bench.transfer",
     "serve": "bench.serve",
+    "simulate": "bench.simulate",
 }
 _DEFAULT_URL = "http://127.0.0.1:8000"
 
