@@ -7,7 +7,7 @@ import hmac
 import secrets
 from dataclasses import dataclass
 
-from router.admission.line import Share
+from router.admission.order import Share
 from router.admission.quota import Quota
 from router.config import RouterConfig, TenantConfig
 from router.keys import ApiKeys

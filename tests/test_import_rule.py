@@ -36,6 +36,7 @@ PURE = (
     "router/roster.py",
     "router/load.py",
     "router/admission/line.py",
+    "router/admission/order.py",
     "router/admission/drain.py",
     "router/admission/quota.py",
     "cluster/config.py",

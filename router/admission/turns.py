@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from router.admission.line import Entry, Line, Share
+from router.admission.line import Line
+from router.admission.order import Entry, Share
 from router.config import DEFAULT_TENANT, AdmissionConfig
 from router.generation import Unavailable
 

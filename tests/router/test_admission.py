@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
 from router.admission.turns import Admission
 from router.config import AdmissionConfig
-from router.generation import Overloaded, Unavailable
+from router.generation import DeadlineExceeded, Overloaded, Unavailable
 
 
 def admission(max_queue: int = 100, queue_timeout_s: float = 5.0) -> Admission:
@@ -22,8 +23,8 @@ class Cluster:
         self.placed: list[str] = []
         self.at_once = self.most_at_once = 0  # on a round trip
 
-    async def request(self, name: str, *, priority: int = 0, need: int = 1, resumed: bool = False) -> None:
-        turn = self.line.enter(priority=priority, need_blocks=need, resumed=resumed)
+    async def request(self, name: str, *, priority: int = 0, need: int = 1, **kwargs) -> None:
+        turn = self.line.enter(priority=priority, need_blocks=need, **kwargs)
         try:
             while True:
                 await turn.mine()
@@ -202,3 +203,68 @@ async def test_close_ends_all_waiting():
     with pytest.raises(Unavailable):
         await cluster.request("c")
     assert cluster.line.waiting == 0
+
+
+async def test_who_waits_too_long_for_its_own_deadline_is_told_so():
+    line = admission()
+    turn = line.enter(priority=0, need_blocks=1, deadline=time.monotonic() + 0.05)
+    await turn.mine()
+    with pytest.raises(DeadlineExceeded, match="timeout has passed"):
+        await turn.no_room()
+    turn.leave()
+    late = line.enter(priority=0, need_blocks=1, deadline=time.monotonic() - 1)
+    with pytest.raises(DeadlineExceeded, match=r"passed 1\.0 s ago"):
+        await late.mine()
+    late.leave()
+    assert line.waiting == 0
+
+
+async def test_who_is_put_out_of_a_full_line_is_told_at_once():
+    cluster = Cluster(admission(max_queue=2), 0)
+    flood = await cluster.start("f1", "f2", tenant="flood")
+    quiet = await cluster.start("q1", tenant="quiet")
+    assert isinstance(flood[1].exception(), Overloaded)
+    cluster.free(2)
+    await asyncio.gather(flood[0], *quiet)
+    assert cluster.placed == ["f1", "q1"]
+    assert cluster.line.waiting == 0
+
+
+async def test_work_is_asked_for_only_when_somebody_waits():
+    asked = []
+    cluster = Cluster(admission(), 1)
+    await cluster.request("a", work=lambda: asked.append("a") or 1.0)
+    assert not asked
+    (task,) = await cluster.start("b", work=lambda: asked.append("b") or 1.0)
+    assert asked == ["b"]
+    cluster.free(1)
+    await task
+
+
+async def test_tenants_take_turns():
+    cluster = Cluster(admission(), 0)
+    tasks = await cluster.start(*(f"f{n}" for n in range(20)), tenant="flood")
+    tasks += await cluster.start("q0", "q1", tenant="quiet")
+    for _ in range(22):
+        cluster.free(1)
+        await settle()
+    await asyncio.gather(*tasks)
+    assert max(cluster.placed.index(name) for name in ("q0", "q1")) <= 4
+    assert [name for name in cluster.placed if name[0] == "f"] == [f"f{n}" for n in range(20)]
+
+
+async def test_metrics_by_tenant():
+    waited = []
+
+    class Metrics:
+        def waited(self, tenant: str, seconds: float) -> None:
+            waited.append((tenant, seconds > 0))
+
+    line = Admission(AdmissionConfig(), metrics=Metrics())
+    cluster = Cluster(line, 1)
+    await cluster.request("a", tenant="x")
+    tasks = await cluster.start("b", tenant="y")
+    assert (line.waiting_of("x"), line.waiting_of("y")) == (0, 1)
+    cluster.free(1)
+    await asyncio.gather(*tasks)
+    assert waited == [("x", False), ("y", True)]

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import router.admission.line
-from router.admission.line import Entry, Line, Share
+from router.admission.line import Line
+from router.admission.order import Entry, Share
 from router.config import AdmissionConfig
 from router.generation import DeadlineExceeded, GenerationError, Overloaded, TenantLimit, Unavailable
 
@@ -41,13 +42,13 @@ def serve(queue: Line, count: int, now: float = 0.0) -> list[Entry]:
             assert not queue.placed(entry, now) or True
             served.append(entry)
         # Whoever was woken by the placing finds no room.
-        for entry in list(queue._trying):
+        for entry in list(queue._order._trying):
             queue.no_room(entry, now)
     return served
 
 
 def test_no_clock_and_no_loop() -> None:
-    for name in ("line.py", "drain.py", "quota.py"):
+    for name in ("line.py", "order.py", "drain.py", "quota.py"):
         path = Path(router.admission.line.__file__).with_name(name)
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
@@ -67,7 +68,7 @@ def test_resumed_first_then_classes_then_first_come() -> None:
     assert serve(queue, 4) == [resumed, urgent, normal, later]
     queue.check()
     assert queue.waiting == 0
-    assert not queue._classes
+    assert not queue._order._classes
 
 
 def test_a_less_urgent_class_does_not_starve() -> None:
@@ -170,8 +171,8 @@ def test_idle_tenants_and_classes_are_forgotten() -> None:
     for n in range(500):
         full(queue, Entry(f"tenant-{n}", priority=n % 7))
         serve(queue, 1)
-    assert not queue._classes
-    assert not queue._parked_of
+    assert not queue._order._classes
+    assert not queue._order._parked_of
     assert len(queue._give_ups) <= 66
 
 
@@ -349,7 +350,7 @@ class AnyOrder(RuleBasedStateMachine):
             assert entry in self.waits
             self.waits.discard(entry)
             self.tries.add(entry)
-            assert self.now < self.line.last_moment(entry) or entry.resumed
+            assert self.now < entry.give_up_at
 
     def _settle(self) -> None:
         for entry in self.line.expired(self.now):
@@ -390,14 +391,14 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.tries)
     @rule(data=st.data())
     def try_in_vain(self, data) -> None:
-        entry = data.draw(st.sampled_from(sorted(self.tries, key=lambda e: e._arrival)))
+        entry = data.draw(st.sampled_from(sorted(self.tries, key=lambda e: e.arrival)))
         self.tries.discard(entry)
         self._ask(entry, lambda e, now: self.line.no_room(e, now))
 
     @precondition(lambda self: self.tries)
     @rule(data=st.data(), seconds=st.floats(0, 3))
     def place(self, data, seconds: float) -> None:
-        entry = data.draw(st.sampled_from(sorted(self.tries, key=lambda e: e._arrival)))
+        entry = data.draw(st.sampled_from(sorted(self.tries, key=lambda e: e.arrival)))
         self.tries.discard(entry)
         self._woken(self.line.placed(entry, self.now))
         self.line.first_token(seconds)
@@ -406,7 +407,7 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.tries)
     @rule(data=st.data())
     def step_aside(self, data) -> None:
-        entry = data.draw(st.sampled_from(sorted(self.tries, key=lambda e: e._arrival)))
+        entry = data.draw(st.sampled_from(sorted(self.tries, key=lambda e: e.arrival)))
         self.tries.discard(entry)
         self._woken(self.line.aside(entry, self.now))
         self.away.add(entry)
@@ -415,7 +416,7 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.away)
     @rule(data=st.data())
     def come_back(self, data) -> None:
-        entry = data.draw(st.sampled_from(sorted(self.away, key=lambda e: e._arrival)))
+        entry = data.draw(st.sampled_from(sorted(self.away, key=lambda e: e.arrival)))
         self.away.discard(entry)
         self._ask(entry, self.line.again)
 
@@ -423,7 +424,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(data=st.data())
     def leave(self, data) -> None:
         entry = data.draw(
-            st.sampled_from(sorted(self.waits | self.tries | self.away, key=lambda e: e._arrival))
+            st.sampled_from(sorted(self.waits | self.tries | self.away, key=lambda e: e.arrival))
         )
         for those in (self.waits, self.tries, self.away):
             those.discard(entry)
@@ -434,20 +435,20 @@ class AnyOrder(RuleBasedStateMachine):
     @invariant()
     def whole(self) -> None:
         self.line.check()
-        parked = {e for _, e in self.line._resumed}
-        parked |= {e for c in self.line._classes.values() for _, e in c.parked}
+        parked = {e for _, e in self.line._order._resumed}
+        parked |= {e for c in self.line._order._classes.values() for _, e in c.parked}
         assert parked == self.waits
-        assert set(self.line._trying) <= self.tries
-        assert sum(not (e.resumed or e._tried) for e in self.waits) <= self.config.max_queue
-        assert sum(e.tenant == "b" and not (e.resumed or e._tried) for e in self.waits) <= 3
+        assert set(self.line._order._trying) <= self.tries
+        assert sum(not (e.resumed or e.tried) for e in self.waits) <= self.config.max_queue
+        assert sum(e.tenant == "b" and not (e.resumed or e.tried) for e in self.waits) <= 3
 
     def teardown(self) -> None:
         for entry in self.waits | self.tries | self.away:
             self.line.leave(entry, self.now)
         self.line.expired(self.now)
         assert self.line.waiting == 0
-        assert not self.line._classes
-        assert not self.line._parked_of
+        assert not self.line._order._classes
+        assert not self.line._order._parked_of
 
 
 TestAnyOrder = AnyOrder.TestCase
@@ -472,13 +473,14 @@ class Outcome:
 SLOTS, SERVICE_S, PREFILL_S, GOAL_S, SECONDS = 32, 4.0, 0.5, 3.0, 300.0
 
 
-def overload(queue: Line, load: float, seed: int) -> Outcome:
+def overload(queue: Line, load: float, seed: int, quiet: float = 0.0) -> dict[str, Outcome]:
     """`SLOTS` places that each hold an answer for SERVICE_S on average (exponential), requests at random (Poisson).
 
-    `load` 1 is as many as the places can carry. A first token comes PREFILL_S after a place was had.
+    `load` 1 is as many as the places can carry; the part `quiet` of the requests is of a tenant of that name, the others
+    are of `flood`. A first token comes PREFILL_S after a place was had.
     """
     rng = random.Random(seed)
-    outcome = Outcome()
+    outcomes = {"flood": Outcome(), "quiet": Outcome()}
     rate = load * SLOTS / SERVICE_S
     now, arrival, busy = 0.0, rng.expovariate(rate), 0
     ends: list[float] = []
@@ -490,6 +492,7 @@ def overload(queue: Line, load: float, seed: int) -> Outcome:
         prefill_s = rng.uniform(0.5, 1.5) * PREFILL_S
         queue.first_token(prefill_s)
         within = now - entry.entered_at + prefill_s <= GOAL_S
+        outcome = outcomes[entry.tenant]
         outcome.good += within
         outcome.late += not within
         try_all(queue.placed(entry, now))
@@ -510,7 +513,8 @@ def overload(queue: Line, load: float, seed: int) -> Outcome:
             try_all(queue.room(1, now))
         else:
             arrival = now + rng.expovariate(rate)
-            entry = Entry(work=rng.uniform(200, 1800))
+            tenant = "quiet" if rng.random() < quiet else "flood"
+            entry = Entry(tenant, work=rng.uniform(200, 1800))
             try:
                 if queue.enter(entry, now):
                     if busy < SLOTS:
@@ -518,9 +522,10 @@ def overload(queue: Line, load: float, seed: int) -> Outcome:
                     else:
                         queue.no_room(entry, now)
             except Overloaded:
-                outcome.refused += 1
-        outcome.dropped += len(queue.expired(now))
-    return outcome
+                outcomes[tenant].refused += 1
+        for entry in queue.expired(now):
+            outcomes[entry.tenant].dropped += 1
+    return outcomes
 
 
 def test_goodput_does_not_collapse_at_three_times_the_load(capsys: pytest.CaptureFixture[str]) -> None:
@@ -530,7 +535,7 @@ def test_goodput_does_not_collapse_at_three_times_the_load(capsys: pytest.Captur
         "with ttft_goal_s": {"queue_timeout_s": 60.0, "ttft_goal_s": GOAL_S},
     }.items():
         for load in (1.0, 3.0):
-            runs = [overload(line(**config), load, seed) for seed in range(3)]
+            runs = [overload(line(**config), load, seed)["flood"] for seed in range(3)]
             rows[name, load] = Outcome(
                 *(sum(getattr(run, f) for run in runs) for f in ("good", "late", "refused", "dropped"))
             )
@@ -550,3 +555,15 @@ def test_goodput_does_not_collapse_at_three_times_the_load(capsys: pytest.Captur
     assert shed.refused > 5 * shed.dropped
     # The same places, the same load: whoever waits in a plain queue is served too late.
     assert rows["plain queue, 60 s", 3.0].good < 0.3 * shed.good
+
+
+def test_a_flood_costs_others_nothing_even_at_three_times_the_load() -> None:
+    """`quiet` asks for 0.3 of what the places carry, `flood` for 2.7: each has a right to half."""
+    flood, quiet = Outcome(), Outcome()
+    for seed in range(3):
+        outcomes = overload(line(ttft_goal_s=GOAL_S), 3.0, seed, quiet=0.1)
+        for total, run in ((flood, outcomes["flood"]), (quiet, outcomes["quiet"])):
+            total.good += run.good
+            total.refused += run.refused + run.dropped + run.late
+    assert quiet.good >= 0.99 * (quiet.good + quiet.refused)
+    assert flood.good >= 0.6 * SLOTS / SERVICE_S * SECONDS * 3  # what is left is not wasted
