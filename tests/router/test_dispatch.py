@@ -121,12 +121,10 @@ async def test_busy_workers_make_the_request_wait_and_room_wakes_it(valkey):
 
 
 async def test_load_that_this_replica_released_is_room(valkey):
-    async with FakeCluster(valkey.url, timeout_s=10) as cluster:
-        await cluster.start(num_blocks=15, heartbeat_s=5)
+    async with FakeCluster(valkey.url, timeout_s=120) as cluster:
+        await cluster.start(num_blocks=15, heartbeat_s=60)  # no heartbeat comes before the queue's time-out
         cluster["d0"].tells_of_room = False
-        started = asyncio.get_running_loop().time()
         await asyncio.gather(*(cluster.check(generation(n, max_tokens=5)) for n in range(4)))
-        assert asyncio.get_running_loop().time() - started < 3  # no heartbeat was needed
         await cluster.at_rest()
 
 
@@ -224,13 +222,12 @@ async def test_failures_of_d_lead_to_another_placement(valkey, code):
 
 
 @pytest.mark.parametrize("decodes", [1, 2])
-async def test_a_broken_hand_over_avoids_both_ends_where_it_can(valkey, decodes):
+async def test_a_broken_hand_over_avoids_both_ends_where_it_can(valkey, decodes, monkeypatch):
+    monkeypatch.setattr("router.dispatch._EXCLUDED_S", 60.0)  # nobody waits for an exclusion to end
     async with FakeCluster(valkey.url) as cluster:
         await cluster.start(decodes=decodes, prefills=1)
         cluster["p0"].hook = once("prefill", "transfer_failed")
-        started = asyncio.get_running_loop().time()
         await cluster.check(generation())
-        assert asyncio.get_running_loop().time() - started < 0.9  # nobody waits for an exclusion to end
         decodes_used = [w for w in cluster.workers if w.role == "decode" and w.reserves]
         assert len(decodes_used) == decodes
         assert decodes_used[-1].reserves[-1].local_prefill_max == PREFILL_EVERYTHING or decodes == 2
@@ -247,7 +244,8 @@ async def test_one_worker_that_fails_is_tried_again_after_a_moment(valkey):
         await cluster.at_rest()
 
 
-async def test_one_request_that_fails_everywhere_does_not_hold_up_the_others(valkey):
+async def test_one_request_that_fails_everywhere_does_not_hold_up_the_others(valkey, monkeypatch):
+    monkeypatch.setattr("router.dispatch._EXCLUDED_S", 60.0)  # longer than anybody may wait
     async with FakeCluster(valkey.url) as cluster:
         poison = generation(1)
         await cluster.start(
@@ -258,11 +256,10 @@ async def test_one_request_that_fails_everywhere_does_not_hold_up_the_others(val
         )
         task = asyncio.create_task(cluster.generate(poison))
         await until(lambda: cluster.metric("headrace_dispatch_placements_total", outcome="internal") == 1)
-        started = asyncio.get_running_loop().time()
         for n in range(2, 8):
             await cluster.check(generation(n, max_tokens=3))
-        assert asyncio.get_running_loop().time() - started < 0.8
         assert not task.done()
+        assert cluster.metric("headrace_dispatch_placements_total", outcome="internal") == 1
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await cluster.at_rest()
