@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import resource
 import statistics
+import sys
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +13,11 @@ from typing import Any
 from bench.simulate.cluster import Cluster
 from bench.simulate.jobs import Job
 from bench.simulate.traces import endless_tokens
+from bench.simulate.worker import Worker
 from bench.spread import percentile
+from router.prefix_index import PrefixIndex
+from workers.protocol.hashes import HASH_BYTES
+from workers.protocol.tiers import DEVICE
 
 _DIGITS = 6
 
@@ -97,9 +103,24 @@ def measured(cluster: Cluster, wall_s: float) -> dict[str, Any]:
             "p99": percentile(decisions, 0.99) * 1e6,
             "mean": statistics.fmean(decisions) * 1e6,
         },
+        "index_mib": index_bytes(cluster.workers) / 2**20,
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
     return {key: _rounded(value) for key, value in found.items()}
+
+
+def index_bytes(workers: Sequence[Worker]) -> int:
+    """Memory of an index of what these hold: one is made under a watch, the names of blocks counted beside."""
+    caches = [(worker.worker_id, worker.pool.cached_hashes()) for worker in workers]
+    tracemalloc.start()
+    try:
+        index = PrefixIndex()
+        for worker_id, cache in caches:
+            index.load_snapshot(worker_id, 1, 1, ((name, DEVICE) for name, _ in cache))
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    return held + len(index) * sys.getsizeof(bytes(HASH_BYTES))
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

@@ -36,6 +36,13 @@ def test_a_run_leaves_json_and_the_same_bytes_again(
     assert '"policy": "cost"' in capsys.readouterr().out
 
 
+def test_what_depends_on_the_machine_is_asked_for(tmp_path: Path) -> None:
+    main(["run", *SMALL, "--rate", "5", "--timings", "--json", str(tmp_path / "a.json")])
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["measured"]["decisions"] >= 20
+    assert found["measured"]["index_mib"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
