@@ -91,12 +91,12 @@ def summary(cluster: Cluster, slo: Slo) -> dict[str, Any]:
     return {key: _rounded(value) for key, value in found.items()}
 
 
-def measured(cluster: Cluster, wall_s: float) -> dict[str, Any]:
+def measured(cluster: Cluster, wall_s: float, cpu_s: float) -> dict[str, Any]:
     """What depends on this machine."""
     decisions = sorted(s for router in cluster.routers for s in router.decision_s)
     found = {
         "wall_s": wall_s,
-        "requests_per_wall_s": len(cluster.jobs) / wall_s,
+        "cpu_s": cpu_s,
         "decisions": len(decisions),
         "decision_us": {
             "p50": percentile(decisions, 0.5) * 1e6,
