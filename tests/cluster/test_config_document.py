@@ -51,7 +51,12 @@ def test_the_other_files_of_deploy_are_configurations() -> None:
         {"pools.decode.engine": {"max_num_seqs": 7, "num_blocks": None, "kv_cache_memory": "3MiB"}},
         {"engine.speculation.method": "draft", "engine.speculation.draft_model": "/models/small one"},
         {"pools.decode.engine": {"speculation": {"method": "ngram", "max_tokens": 2}, "max_num_seqs": 7}},
-        {"redis.sentinels": ["a:1", "b"], "redis.master": "m", "redis.tls": True, "redis.ca_file": "/etc/ca.pem"},
+        {
+            "redis.sentinels": ["a:1", "b"],
+            "redis.master": "m",
+            "redis.tls": True,
+            "redis.ca_file": "/etc/ca.pem",
+        },
         {
             "router.tenants": [
                 {"name": "a-b", "api_keys_file": "/etc/keys of a", "weight": 2.5, "max_queue": 0},
