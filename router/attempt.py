@@ -153,6 +153,7 @@ class Attempt:
             self.prefill.forget(self.wire_id)
             if self._prefill_holds:
                 self.prefill.send(Cancel(self.wire_id))
+        self._inbox.close()
         self._end_prefill_booking()
         self._booking.release()
 
