@@ -10,12 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from router.admission.quota import Permit
+from router.tally import Counts, Distributions
 
 _TTFT_BUCKETS = (
     0.001,
@@ -234,18 +234,20 @@ class SequenceRecord:
             self._series.cached_tokens.inc(cached_tokens)
 
 
-def _histogram(name: str, text: str, buckets: tuple[float, ...], registry: CollectorRegistry) -> Histogram:
-    return Histogram(f"headrace_request_{name}", text, ["model_name"], buckets=buckets, registry=registry)
+def _histogram(
+    name: str, text: str, buckets: tuple[float, ...], registry: CollectorRegistry
+) -> Distributions:
+    return Distributions(f"headrace_request_{name}", text, "model_name", buckets, registry)
 
 
-def _counter(name: str, text: str, registry: CollectorRegistry) -> Counter:
-    return Counter(f"headrace_request_{name}", text, ["model_name"], registry=registry)
+def _counter(name: str, text: str, registry: CollectorRegistry) -> Counts:
+    return Counts(f"headrace_request_{name}", text, "model_name", registry)
 
 
 class _Renamed(Collector):
     """A metric again, under another name."""
 
-    def __init__(self, name: str, source: MetricWrapperBase) -> None:
+    def __init__(self, name: str, source: Collector) -> None:
         self._name = name
         self._source = source
 
