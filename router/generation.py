@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
+
+from msgspec import Struct
 
 from workers.protocol.messages import FinishReason, Sampling, TokenLogprobs
 
@@ -34,12 +36,11 @@ class Generation:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class TokenChunk:
+class TokenChunk(Struct, frozen=True):
     """Tokens in order, without gaps or repeats, whatever died on the way. The last one has a finish_reason."""
 
     tokens: list[int]
-    logprobs: list[TokenLogprobs] = field(default_factory=list)  # as many as tokens when asked for
+    logprobs: list[TokenLogprobs] = []  # as many as tokens when asked for
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     cached_tokens: int = 0

@@ -23,16 +23,12 @@ class Request:
     hash_root: bytes = b""  # of the model it started on, it never goes on with another; empty: none known yet
     block_size: int = 0
     token_bytes: int = 0  # of one token's KV on the wire
-    _tokens: list[int] = field(default_factory=list)  # prompt + output
     _hashes: list[bytes] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._tokens = list(self.generation.prompt)
 
     @property
     def num_tokens(self) -> int:
         """Prompt and output: what has to be in the KV cache before the next token can be sampled."""
-        return len(self._tokens)
+        return len(self.generation.prompt) + len(self.output)
 
     @property
     def num_blocks(self) -> int:
@@ -48,7 +44,8 @@ class Request:
 
     def hashes(self) -> list[bytes]:
         """Of the full blocks of prompt + output; extended as tokens come."""
-        extend_hashes(self._hashes, self._tokens, self.block_size, self.hash_root, self.generation.cache_salt)
+        tokens = self.generation.prompt + self.output if self.output else self.generation.prompt
+        extend_hashes(self._hashes, tokens, self.block_size, self.hash_root, self.generation.cache_salt)
         return self._hashes
 
     def work(self, wire_id: str) -> Work:
@@ -70,17 +67,11 @@ class Request:
         if not tokens and (delta.finish_reason is None or known > len(delta.tokens)):
             return None
         self.output.extend(tokens)
-        self._tokens.extend(tokens)
         self.finish_reason = delta.finish_reason
         if self.cached_tokens is None:
             self.cached_tokens = delta.cached_tokens
-        return TokenChunk(
-            tokens=tokens,
-            logprobs=delta.logprobs[known:] if known else delta.logprobs,
-            finish_reason=delta.finish_reason,
-            stop_token=delta.stop_token,
-            cached_tokens=self.cached_tokens,
-        )
+        logprobs = delta.logprobs[known:] if known else delta.logprobs
+        return TokenChunk(tokens, logprobs, delta.finish_reason, delta.stop_token, self.cached_tokens)
 
     # --- who is to be left alone for a while ------------------------------------------------------------------------
 

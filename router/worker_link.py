@@ -216,8 +216,13 @@ class WorkerLink:
 
     def _route(self, message: Any) -> None:
         if isinstance(message, Tokens):
-            for delta in message.deltas:
-                self._deliver(delta.request_id, delta)
+            inboxes = self._inboxes
+            for delta in message.deltas:  # what `_deliver` does, without a call for each token
+                inbox = inboxes.get(delta.request_id)
+                if inbox is not None:
+                    inbox.put(self, delta)
+                else:
+                    self._late()
         elif isinstance(message, Heartbeat):
             self.load = message.load
             self.busy = False
@@ -239,10 +244,13 @@ class WorkerLink:
     def _deliver(self, request_id: str, event: Event) -> None:
         inbox = self._inboxes.get(request_id)
         if inbox is None:
-            self.late_messages += 1
-            self._on_late()
+            self._late()
         else:
             inbox.put(self, event)
+
+    def _late(self) -> None:
+        self.late_messages += 1
+        self._on_late()
 
     async def _watch(self) -> None:
         """Ping every heartbeat; die of silence.

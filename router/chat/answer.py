@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from msgspec import Struct
 
 from router.chat.detokenize import detokenizer
 from router.chat.stops import StopAutomaton, StopScanner
@@ -25,13 +27,12 @@ class TokenText:
     offset: int  # characters of the answer before this token
 
 
-@dataclass(slots=True)
-class Piece:
+class Piece(Struct):
     """What one chunk of tokens adds to an answer. `text` may lag behind `token_ids`; the last piece catches up."""
 
     text: str
     token_ids: list[int]
-    logprobs: list[TokenText] = field(default_factory=list)
+    logprobs: list[TokenText] = []
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or the client's stop token id that ended it
     cached_tokens: int = 0
@@ -53,12 +54,18 @@ class AnswerReader:
         self._options = options
         self._detokenizer = detokenizer(tokenizer, options.skip_special_tokens)
         self._scanner = None if automaton is None else StopScanner(automaton, options.include_stop)
+        self._push = self._detokenizer.push
+        self._plain = self._scanner is None and not want_logprobs  # text is all that is asked for
         self._stop_token_ids = stop_token_ids
         self._want_logprobs = want_logprobs
         self._num_tokens = 0
         self._num_chars = 0  # of detokenized text, held back or not
 
     def read(self, chunk: TokenChunk) -> Piece:
+        if self._plain and chunk.finish_reason is None:
+            return Piece(
+                "".join(map(self._push, chunk.tokens)), chunk.tokens, [], None, None, chunk.cached_tokens
+            )
         text = ""
         logprobs: list[TokenText] = []
         last = len(chunk.tokens) - 1
@@ -67,7 +74,7 @@ class AnswerReader:
                 logprobs.append(self._token_text(token, chunk.logprobs[position]))
             ends_here = position == last and chunk.stop_token == token
             if not ends_here or self._options.include_stop:
-                text += self._add(self._detokenizer.push(token))
+                text += self._add(self._push(token))
             self._num_tokens += 1
             if self._scanner is not None and self._scanner.found is not None:
                 token_ids = chunk.tokens[: position + 1]

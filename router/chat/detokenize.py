@@ -28,25 +28,38 @@ class Detokenizer(Protocol):
 def detokenizer(tokenizer: TextTokenizer, skip_special_tokens: bool = True) -> Detokenizer:
     if tokenizer.byte_pieces is not None:
         hidden = tokenizer.special_ids if skip_special_tokens else frozenset()
-        return _ByteLevelDetokenizer(tokenizer.byte_pieces, hidden)
+        return _ByteLevelDetokenizer(tokenizer.byte_pieces, tokenizer.whole_pieces, hidden)
     return _WindowDetokenizer(tokenizer, skip_special_tokens)
 
 
 class _ByteLevelDetokenizer:
-    """For byte-level BPE, whose tokens are bytes whatever stands beside them: a table and a UTF-8 decoder."""
+    """For byte-level BPE, whose tokens are bytes whatever stands beside them: a table and a UTF-8 decoder.
 
-    def __init__(self, pieces: list[bytes], hidden: frozenset[int]) -> None:
+    Nearly every token is whole characters, and is looked up; the decoder is for the others and what follows them.
+    """
+
+    def __init__(self, pieces: list[bytes], whole_pieces: list[str | None], hidden: frozenset[int]) -> None:
         self._pieces = pieces
+        self._whole_pieces = whole_pieces
         self._hidden = hidden
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decoder: codecs.IncrementalDecoder | None = None  # while it holds half a character
 
     def push(self, token_id: int) -> str:
         if token_id in self._hidden or token_id >= len(self._pieces):
             return ""
-        return self._decode(self._pieces[token_id])
+        decoder = self._decoder
+        if decoder is None:
+            whole = self._whole_pieces[token_id]
+            if whole is not None:
+                return whole
+            decoder = self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        text = decoder.decode(self._pieces[token_id])
+        if not decoder.getstate()[0]:
+            self._decoder = None
+        return text
 
     def finish(self) -> str:
-        return self._decode(b"", True)
+        return "" if self._decoder is None else self._decoder.decode(b"", True)
 
 
 class _WindowDetokenizer:

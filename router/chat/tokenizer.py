@@ -65,6 +65,7 @@ class TextTokenizer:
         self.vocab_size: int = max(vocab.values(), default=-1) + 1
         self.max_token_chars: int = max(map(len, vocab), default=1)
         self.byte_pieces = _byte_pieces(vocab, self.vocab_size) if self._is_byte_level() else None
+        self.whole_pieces = [_whole(piece) for piece in self.byte_pieces or []]  # None: no whole characters
         self._decoded_pieces: dict[
             int, bytes
         ] = {}  # only where there is no byte alphabet; at most the vocabulary
@@ -163,6 +164,13 @@ def _byte_alphabet() -> dict[str, int]:
             alphabet[chr(shifted)] = byte
             shifted += 1
     return alphabet
+
+
+def _whole(piece: bytes) -> str | None:
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _byte_pieces(vocab: dict[str, int], vocab_size: int) -> list[bytes]:

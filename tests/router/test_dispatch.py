@@ -400,6 +400,9 @@ async def test_status_and_metrics(valkey):
         await cluster.start(decodes=1, prefills=1, step_s=0.01)
         running = asyncio.create_task(cluster.check(generation(max_tokens=30)))
         await until(lambda: cluster["d0"].num_held == 1)
+        await until(
+            lambda: cluster.dispatcher.book.recent_requests("d0") > 0.001
+        )  # as many digits as are shown
         status = await cluster.dispatcher.status()
         assert status["model"] == {"name": "fake", "max_model_len": 8192, "vocab_size": 50_000}
         assert (status["redis"], status["in_flight"], status["queue"]) == ("ok", 1, 0)
