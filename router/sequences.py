@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 from router.chat.answer import AnswerReader, Piece
 from router.generation import Dispatcher, Generation, GenerationError
 from router.metrics import SequenceRecord
+
+_QUEUED_PIECES = 16  # of each sequence; when its reader is slower, the rest waits in the attempt's inbox
 
 
 @dataclass(slots=True)
@@ -18,15 +20,18 @@ class Sequence:
     record: SequenceRecord
 
 
-async def run(dispatcher: Dispatcher, sequence: Sequence) -> AsyncIterator[Piece]:
-    """Ends after the piece that has a finish_reason. Closing it cancels the sequence everywhere."""
+async def run(dispatcher: Dispatcher, sequence: Sequence, write: Callable[[Piece], Awaitable[None]]) -> None:
+    """Hands each piece to `write`; the last has a finish_reason. Cancelling it cancels the sequence everywhere.
+
+    A call back, not a generator: one more generator around the dispatcher's would be felt with every token.
+    """
     chunks = dispatcher.generate(sequence.generation)
     read, measure = sequence.reader.read, sequence.record.tokens
     try:
         async for chunk in chunks:
             piece = read(chunk)
             measure(len(piece.token_ids), piece.cached_tokens)
-            yield piece
+            await write(piece)
             if piece.finish_reason is not None:
                 return
         raise GenerationError("the stream of tokens ended without a finish reason")
@@ -37,25 +42,20 @@ async def run(dispatcher: Dispatcher, sequence: Sequence) -> AsyncIterator[Piece
 
 async def run_all(dispatcher: Dispatcher, sequences: list[Sequence]) -> AsyncIterator[tuple[int, Piece]]:
     """(index of the sequence, piece), interleaved as they come. The first error ends them all."""
-    if len(sequences) == 1:
-        pieces = run(dispatcher, sequences[0])
-        try:
-            async for piece in pieces:
-                yield 0, piece
-        finally:
-            await close(pieces)
-        return
     queue: asyncio.Queue[tuple[int, Piece] | asyncio.Task[None]] = asyncio.Queue()
+    room = asyncio.Semaphore(_QUEUED_PIECES * len(sequences))
 
-    async def pump(index: int) -> None:
-        pieces = run(dispatcher, sequences[index])
-        try:
-            async for piece in pieces:
-                queue.put_nowait((index, piece))
-        finally:
-            await close(pieces)
+    def writer(index: int) -> Callable[[Piece], Awaitable[None]]:
+        async def write(piece: Piece) -> None:
+            await room.acquire()
+            queue.put_nowait((index, piece))
 
-    tasks = [asyncio.create_task(pump(index)) for index in range(len(sequences))]
+        return write
+
+    tasks = [
+        asyncio.create_task(run(dispatcher, sequence, writer(index)))
+        for index, sequence in enumerate(sequences)
+    ]
     for task in tasks:
         task.add_done_callback(queue.put_nowait)
     try:
@@ -66,6 +66,7 @@ async def run_all(dispatcher: Dispatcher, sequences: list[Sequence]) -> AsyncIte
                 item.result()  # raises what ended it
                 running -= 1
             else:
+                room.release()
                 yield item
     finally:
         for task in tasks:

@@ -20,7 +20,7 @@ from router.grpc.keys import caller_of
 from router.grpc.refusals import abort
 from router.metrics import RequestRecord, RouterMetrics
 from router.sampling import checked_cache_salt, checked_priority, to_sampling, to_text_options
-from router.sequences import Sequence, close, run
+from router.sequences import Sequence, run
 from router.serving import served_model
 from router.sessions import Sessions
 from router.tenants import Caller, Tenant, Tenants
@@ -129,24 +129,24 @@ class InferenceService:
         permit = tenant.quota.enter(
             len(generation.prompt), [generation.sampling.max_tokens], time.monotonic()
         )
-        finished = False
+        finish_reason = ""
         usage = pb.Usage(prompt_tokens=len(sequence.generation.prompt))
         request_id = sequence.generation.request_id
-        pieces = run(self._dispatcher, sequence)
+
+        async def write(piece: Piece) -> None:
+            nonlocal request_id, finish_reason
+            usage.completion_tokens += len(piece.token_ids)
+            usage.cached_tokens = max(usage.cached_tokens, piece.cached_tokens)
+            await context.write(_response(piece, request_id, usage))
+            request_id = ""
+            finish_reason = piece.finish_reason or ""
+
         try:
-            async for piece in pieces:
-                usage.completion_tokens += len(piece.token_ids)
-                usage.cached_tokens = max(usage.cached_tokens, piece.cached_tokens)
-                await context.write(_response(piece, request_id, usage))
-                request_id = ""
-                if piece.finish_reason is not None:
-                    finished = True
-                    return piece.finish_reason
+            await run(self._dispatcher, sequence, write)
         finally:
-            permit.settle(usage.completion_tokens, finished, time.monotonic())
+            permit.settle(usage.completion_tokens, bool(finish_reason), time.monotonic())
             self._metrics.used(tenant.name, permit)
-            await close(pieces)
-        raise AssertionError("run() ends with a finish reason or raises")
+        return finish_reason
 
 
 def _response(piece: Piece, request_id: str, usage: pb.Usage) -> pb.GenerateResponse:

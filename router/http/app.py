@@ -12,6 +12,7 @@ from router.http.completions import CompletionsEndpoint
 from router.http.errors import error_json, error_response
 from router.http.front import Front
 from router.http.gate import Gate
+from router.http.hot_routes import Endpoint, HotRoutes
 from router.http.models import ModelsEndpoint
 from router.http.openapi import describe_bodies
 from router.http.operations import Operations
@@ -29,8 +30,12 @@ def create_app(front: Front) -> FastAPI:
     )
     models, tokenize, operations = ModelsEndpoint(front), TokenizeEndpoint(front), Operations(front)
 
-    app.add_api_route("/v1/chat/completions", ChatEndpoint(front).__call__, methods=["POST"])
-    app.add_api_route("/v1/completions", CompletionsEndpoint(front).__call__, methods=["POST"])
+    hot: dict[str, Endpoint] = {
+        "/v1/chat/completions": ChatEndpoint(front).__call__,
+        "/v1/completions": CompletionsEndpoint(front).__call__,
+    }
+    for path, endpoint in hot.items():
+        app.add_api_route(path, endpoint, methods=["POST"])
     app.add_api_route("/v1/models", models.list, methods=["GET"])
     app.add_api_route("/v1/models/{model_id:path}", models.get, methods=["GET"])
     app.add_api_route("/tokenize", tokenize.tokenize, methods=["POST"])
@@ -45,7 +50,8 @@ def create_app(front: Front) -> FastAPI:
     app.add_exception_handler(GenerationError, _generation_error)
     app.add_exception_handler(HTTPException, _http_exception)
     describe_bodies(app)
-    app.add_middleware(Gate, tenants=front.tenants, metrics=front.metrics)
+    everything = HotRoutes(app.build_middleware_stack(), hot, app.routes)
+    app.middleware_stack = Gate(everything, tenants=front.tenants, metrics=front.metrics)
     return app
 
 

@@ -6,6 +6,7 @@ import logging
 import math
 import secrets
 import time
+from collections.abc import Awaitable
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -42,7 +43,8 @@ class Gate:
         started = False
         caller: Caller | None = None
 
-        async def marked(message: Message) -> None:
+        # Hands on what `send` gives, no coroutine of its own: it is called for every event of a stream.
+        def marked(message: Message) -> Awaitable[None]:
             nonlocal started
             if not started:  # the first message is http.response.start
                 started = True
@@ -53,7 +55,7 @@ class Gate:
                 }
                 route = getattr(scope.get("route"), "path", "unmatched")
                 self._metrics.response(route, message["status"])
-            await send(message)
+            return send(message)
 
         if scope["path"] not in OPEN_PATHS:
             try:

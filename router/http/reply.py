@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable
+from functools import partial
 from typing import Any, Protocol
 
 from starlette.responses import Response
@@ -18,7 +20,7 @@ from router.http.front import Front
 from router.http.plan import Plan
 from router.http.usage import Usage
 from router.metrics import RequestRecord
-from router.sequences import close, run_all
+from router.sequences import close, run, run_all
 from router.sessions import ClientGone, Session
 
 _SSE_START = {
@@ -99,6 +101,9 @@ class Reply(Response):
     async def _generate(self, writer: _Stream | _Whole, record: RequestRecord) -> None:
         sequences = self._plan.sequences(self._front.prompts, record)
         record.prepared()
+        if len(sequences) == 1:
+            await run(self._front.dispatcher, sequences[0], partial(writer.add, 0))
+            return
         pieces = run_all(self._front.dispatcher, sequences)
         try:
             async for choice, piece in pieces:
@@ -111,6 +116,10 @@ async def _end_when_gone(receive: Receive, session: Session) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     session.end(ClientGone())
+
+
+async def _nothing() -> None:
+    pass
 
 
 class _Whole:
@@ -151,7 +160,8 @@ class _Stream:
         self._started = False
         self.outcome = "stop"
 
-    async def add(self, choice: int, piece: Piece) -> None:
+    def add(self, choice: int, piece: Piece) -> Awaitable[None]:
+        """To be awaited: returns when the client has taken enough of what came before."""
         self.usage.add(choice, piece)
         events = self._form.chunk(choice, piece)
         if not self._opened[choice]:
@@ -160,10 +170,18 @@ class _Stream:
         if choice == 0 and piece.finish_reason is not None:
             self.outcome = piece.finish_reason
         if not self._started:
-            self._started = True
-            await self._send(_SSE_START)
-        if events:
-            await self._send({"type": "http.response.body", "body": events, "more_body": True})
+            return self._start(events)
+        return self._write(events)
+
+    async def _start(self, events: bytes) -> None:
+        self._started = True
+        await self._send(_SSE_START)
+        await self._write(events)
+
+    def _write(self, events: bytes) -> Awaitable[None]:
+        if not events:
+            return _nothing()
+        return self._send({"type": "http.response.body", "body": events, "more_body": True})
 
     async def finish(self) -> None:
         usage = self._form.usage(self.usage.as_dict()) if self._include_usage else b""
