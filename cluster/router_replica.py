@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.logs import set_up_logging
 from router.config import RouterConfig
+from router.garbage import spare_requests
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class RouterReplica:
         self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
         router: RouterLike = self._make_router(self._settings)
         await router.start()
+        spare_requests()
         http = self._settings.router.http
         logger.info("listening on %s:%d (pid %d)", http.host, http.port, os.getpid())
         self._up.set_result(None)
