@@ -31,6 +31,7 @@ _BENCHMARKS = {
     "engine": "bench.engine",
     "compare": "bench.compare",
     "transfer": "bench.transfer",
+    "router": "bench.router",
     "serve": "bench.serve",
     "simulate": "bench.simulate",
 }
