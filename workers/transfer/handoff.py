@@ -39,7 +39,9 @@ from workers.transfer.peer import Peer, Piece, Sender
 
 _LAYER_POLL_S = 0.0005  # a layer of a prefill chunk takes milliseconds
 _IDLE_S = 1.0
-_PIECE_BYTES = 8 << 20  # of one frame: small enough that filling one overlaps with emptying the one before
+# Of one frame: small enough that filling one overlaps with emptying the one before, and that others get their turn. On
+# a wire that takes milliseconds; within a host a piece is over soon, and its announcement is what costs.
+_PIECE_BYTES, _LOCAL_PIECE_BYTES = 8 << 20, 16 << 20
 
 
 @dataclass(slots=True, eq=False)
@@ -105,9 +107,6 @@ class Handoffs:
         self._sender = Sender(
             memories, engine.layout, config, worker_id, secret, engine.lock, self._acknowledged, self._lost
         )
-        # Two pieces fit a ring: one is filled while the other is emptied.
-        piece_bytes = min(_PIECE_BYTES, int(config.ring_memory) // 2)
-        self._blocks_per_piece = max(1, piece_bytes // engine.layout.block_bytes)
         self._layers = range(engine.layout.num_layers)
         self._layers_at_once = -(-len(self._layers) // config.layer_groups)
         self._open: dict[str, Handoff] = {}  # by transfer id
@@ -248,7 +247,7 @@ class Handoffs:
     ) -> None:
         """`blocks`: of the ticket's blocks from `first` on."""
         peer, ticket = self._peer_of(handoff), handoff.ticket
-        at_once = self._blocks_per_piece * len(self._layers) // len(layers)
+        at_once = self._blocks_per_piece(peer) * len(self._layers) // len(layers)
         for at in range(0, len(blocks), at_once):
             some = blocks[at : at + at_once]
             for part in peer.parts:
@@ -256,6 +255,11 @@ class Handoffs:
                 handoff.outstanding += 1
                 piece = Piece(handoff, handoff.transfer_id, ticket.epoch, first + at, some, layers, hold)
                 peer.put(part, piece)
+
+    def _blocks_per_piece(self, peer: Peer) -> int:
+        # Two pieces fit a ring: one is filled while the other is emptied.
+        most = min(_LOCAL_PIECE_BYTES if peer.local else _PIECE_BYTES, int(self._config.ring_memory) // 2)
+        return max(1, most // self._engine.layout.block_bytes)
 
     def _watch_layers(self) -> None:
         """Queues the layers of running steps as they are written."""

@@ -20,6 +20,7 @@ from workers.protocol.messages import KvAck, KvLayout, PeerStatus, Road
 from workers.transfer.block_memory import BlockMemory
 from workers.transfer.channel import Address, Channel, open_channel
 from workers.transfer.outbox import Outbox
+from workers.transfer.roads import ROADS
 from workers.transfer.shards import Part, parts
 from workers.transfer.throughput import Throughput
 
@@ -117,6 +118,11 @@ class Peer:
             bytes_per_s=self.throughput.bytes_per_s,
             passed_over=self._passed_over,
         )
+
+    @property
+    def local(self) -> bool:
+        """Whether the receiver is known to be on this host."""
+        return bool(self._lanes) and all(ROADS[lane.channel.road].local for lane in self._lanes)
 
     @property
     def road(self) -> str:
