@@ -217,7 +217,7 @@ async def test_waiting_for_the_generator_counts_as_latency(url: str, slow: Slow)
     assert len(delayed) >= 5
     assert all(record.ttft > record.late for record in delayed)
     late = figures(run, None, 0.0)["late_s"]
-    assert late["max"] > 0.4
+    assert late["max"] == max(record.late for record in run.records)
 
 
 async def test_a_closed_loop_has_so_many_at_a_time(url: str, slow: Slow) -> None:

@@ -78,6 +78,7 @@ def test_policies_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str
     table = (tmp_path / "policies.md").read_text()
     assert table == markdown(found)
     assert "**sessions, 1 P + 1 D**: 30 requests" in table
+    pytest.importorskip("matplotlib", reason="plots need the extra `bench`")
     plot(found, [])
 
 
