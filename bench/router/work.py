@@ -16,7 +16,7 @@ PROMPT_TOKENS = 512
 OUTPUT_TOKENS = 16  # of an answer that is not streamed
 STREAM_PROMPT_TOKENS = 64
 STREAM_TOKENS = 512
-_PROMPTS = 256  # different ones
+_PROMPTS = 1024  # different ones
 
 
 @dataclass(frozen=True)

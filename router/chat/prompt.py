@@ -13,8 +13,9 @@ from router.generation import ModelInfo
 from router.refusal import Refusal
 from router.sampling import check_token_ids
 
-# Encoding runs at 1 to 2 MB/s and releases the GIL: beyond this it goes to a thread, so that streams need not wait.
-INLINE_CHARS = 2048
+# A text of this length takes 0.2 ms where its words are remembered, else 0.8 ms. Longer ones go to a thread, where the
+# library releases the GIL, so that streams need not wait.
+INLINE_CHARS = 4096
 
 
 class Prompts:

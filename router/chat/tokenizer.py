@@ -13,6 +13,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from router.chat.word_memo import MAX_CHARS, word_memo
+
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -55,6 +57,8 @@ class TextTokenizer:
         self._add_tokens_of(config)
         if config.get("split_special_tokens"):
             self._backend.encode_special_tokens = True
+        self._memo = word_memo(self._backend)
+        self._adds = self._backend.num_special_tokens_to_add(False)  # around a text
         self.eos_token_ids = _eos_token_ids(
             read_json(model_path / "generation_config.json"), self.token_id("eos_token")
         )
@@ -71,6 +75,10 @@ class TextTokenizer:
         ] = {}  # only where there is no byte alphabet; at most the vocabulary
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        if self._memo is not None and len(text) <= MAX_CHARS and not (add_special_tokens and self._adds):
+            found = self._memo.encode(text)
+            if found is not None:
+                return found
         # Unlike `encode`, a batch releases the GIL, and the fast one computes no offsets, which nobody asks for here.
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
