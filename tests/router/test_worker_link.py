@@ -84,8 +84,9 @@ async def test_late_messages_are_counted_and_dropped(worker):
     link.send(reserve("a", max_tokens=5))
     await inbox.get(1.0)
     link.forget("a")
-    await until(lambda: link.late_messages == 5)
-    assert len(late) == 5
+    # A token that came in one read with the answer to Reserve was in time.
+    await until(lambda: link.late_messages + len(inbox._events) == 5)
+    assert len(late) == link.late_messages > 0
     link.close()
 
 
