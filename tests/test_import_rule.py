@@ -28,6 +28,7 @@ PURE = (
     "workers/tiers/block_file.py",
     "workers/tiers/chain_lru.py",
     "workers/tiers/changes.py",
+    "workers/protocol/experts.py",
     "router/prefix_index.py",
     "router/index/block_table.py",
     "router/index/holder_sets.py",
