@@ -48,3 +48,31 @@ def index_blocks(cluster: str, worker_id: str, epoch: int) -> str:
 def index_seq(cluster: str, worker_id: str, epoch: int) -> str:
     """STRING: sequence number of the last batch that is in the snapshot."""
     return f"{{headrace:{cluster}}}:index:{worker_id}:{epoch}:seq"
+
+
+# Of expert-parallel groups; `cluster` is the cluster's own name, for all of them.
+
+
+def expert_ranks(cluster: str) -> str:
+    """HASH: worker_id -> msgpack ExpertRank. Who holds no lease is dead, and only has not been tidied away."""
+    return f"{{headrace:{cluster}}}:experts:ranks"
+
+
+def expert_counts(cluster: str, group: str) -> str:
+    """STREAM of msgpack ExpertCounts (field `c`), cut to a bounded length."""
+    return f"{{headrace:{cluster}}}:experts:{group}:counts"
+
+
+def expert_version(cluster: str, group: str) -> str:
+    """STRING: the version that was posted last."""
+    return f"{{headrace:{cluster}}}:experts:{group}:version"
+
+
+def expert_post(cluster: str, group: str) -> str:
+    """STRING: msgpack ExpertPost of that version."""
+    return f"{{headrace:{cluster}}}:experts:{group}:post"
+
+
+def expert_planner(cluster: str) -> str:
+    """STRING with a time to live: the router that plans placements."""
+    return f"{{headrace:{cluster}}}:experts:planner"
