@@ -1,4 +1,4 @@
-"""Connections to Redis, however it is run, and calls of the functions in index.lua.
+"""Connections to Redis, however it is run, and calls of the functions in index.lua and experts.lua.
 
 No retries inside the clients: everybody who uses them is a loop already, and must notice at once. The functions are
 loaded when a server turns out not to have them: at the first call, after a restart, on a node that is new in a cluster.
@@ -37,10 +37,10 @@ log = logging.getLogger(__name__)
 # What talking to a Redis that is away, changing its master or not ready raises.
 TROUBLE = (RedisError, RedisClusterException, OSError, TimeoutError)
 
-_SOURCE = f"local WIDTH = {MEMBER_BYTES}\n" + (Path(__file__).parent / "index.lua").read_text(
-    encoding="utf-8"
+_SOURCE = f"local WIDTH = {MEMBER_BYTES}\n" + "".join(
+    (Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("index.lua", "experts.lua")
 )
-NAMES = ("publish", "heartbeat", "leave", "snapshot")
+NAMES = ("publish", "heartbeat", "leave", "snapshot", "lead", "post", "resign")
 # The name says which text it is: versions that run side by side don't take each other's functions.
 LIBRARY = f"headrace_{hashlib.sha256(_SOURCE.encode()).hexdigest()[:8]}"
 LIBRARY_SOURCE = f"#!lua name={LIBRARY}\n{_SOURCE}" + "".join(
