@@ -90,7 +90,7 @@ def route(logits: Tensor, routing: Routing, correction_bias: Tensor | None = Non
 
 
 def _within_best_groups(choice: Tensor, routing: Routing) -> Tensor:
-    groups = choice.unflatten(1, (routing.num_groups, -1))
+    groups = choice.view(len(choice), routing.num_groups, choice.shape[1] // routing.num_groups)
     score = groups.amax(-1) if routing.group_score == "max" else groups.topk(2, -1).values.sum(-1)
     kept = torch.zeros_like(score, dtype=torch.bool).scatter_(1, _best(score, routing.top_groups), True)
     return groups.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(1)
