@@ -43,6 +43,8 @@ class NativeBackend:
         if dtype not in FLOAT_FORMATS:
             raise NotHere(f"engine.dtype {dtype} is none of theirs; float32 and bfloat16 are")
         spec = DecoderSpec.from_config(read_json(model.path / "config.json"))
+        if missing := _not_yet_native(spec):
+            raise NotHere(f"models with {missing} are not supported")
         if not attention.supports(self._library, spec.head_dim, config.block_size):
             raise NotHere(
                 f"heads of {spec.head_dim} in KV blocks of {config.block_size} tokens are not supported"
@@ -77,6 +79,16 @@ class NativeBackend:
             self._weights,
             share_kv,
         )
+
+
+def _not_yet_native(spec: DecoderSpec) -> str | None:
+    if spec.mla is not None:
+        return "latent attention (MLA)"
+    if spec.sinks:
+        return "attention sinks"
+    if spec.qk_norm_whole:
+        return "a norm over all query heads together"
+    return None if spec.moe is None else "experts"
 
 
 def _check_cores(cpus: list[int] | None) -> None:

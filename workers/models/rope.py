@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from workers.models.spec import RopeSpec
+from workers.models.rope_spec import RopeSpec
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> tuple[Tensor, float]:
@@ -55,14 +55,11 @@ def _yarn(rope: RopeSpec, head_dim: int, periods: Tensor) -> Tensor:
 
 
 def _yarn_attention_factor(rope: RopeSpec) -> float:
-    def mscale(weight: float) -> float:
-        return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
-
     if rope.attention_factor is not None:
         return rope.attention_factor
     if rope.mscale and rope.mscale_all_dim:
-        return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
-    return mscale(1.0)
+        return rope.attention_mscale(rope.mscale) / rope.attention_mscale(rope.mscale_all_dim)
+    return rope.attention_mscale(1.0)
 
 
 class RopeTable:

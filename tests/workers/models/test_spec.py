@@ -84,7 +84,7 @@ def test_rope_in_the_old_and_the_new_form(model_type: str) -> None:
     ("model_type", "values", "named"),
     [
         ("gemma3", {}, "'gemma3' is not supported; supported are llama, mistral, qwen2, qwen3"),
-        ("qwen3_moe", {}, "qwen3_moe"),
+        ("phimoe", {}, "phimoe"),
         ("llama", {"hidden_act": "gelu"}, "gelu"),
         ("llama", {"hidden_size": None}, "hidden_size"),
         ("llama", {"hidden_size": "64"}, "hidden_size"),
