@@ -1,0 +1,80 @@
+"""A few ranks of a group in one process, a thread each, with made-up experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.reference_moe import combine, grouped_mlp, permute
+from workers.experts.copies import LayerCopies
+from workers.experts.counts import Counts
+from workers.experts.exchange import Exchange, Shape
+from workers.experts.parallel import ParallelExperts, Route
+from workers.experts.shm import Segment, ShmExchange
+from workers.protocol.experts import Placement
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of all experts of a layer."""
+
+    gate_up: Tensor  # [E, 2I, H]
+    down: Tensor  # [E, H, I]
+
+    @staticmethod
+    def random(num_experts: int, hidden: int, inner: int, dtype: torch.dtype, seed: int = 0) -> Weights:
+        generator = torch.Generator().manual_seed(seed)
+        gate_up = torch.randn(num_experts, 2 * inner, hidden, generator=generator) / hidden**0.5
+        down = torch.randn(num_experts, hidden, inner, generator=generator) / inner**0.5
+        return Weights(gate_up.to(dtype), down.to(dtype))
+
+    def local(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """The layer on one rank, by the oracle."""
+        order, counts = permute(experts, len(self.gate_up))
+        y = grouped_mlp(x[order // experts.shape[1]], counts, self.gate_up, self.down)
+        return combine(y, order, weights)
+
+
+class Rank:
+    """One layer; what `ParallelExperts` asks of a group."""
+
+    def __init__(
+        self, exchange: Exchange, placement: Placement, weights: Weights, members: Sequence[int], top_k: int
+    ) -> None:
+        num_experts, hidden = weights.gate_up.shape[0], weights.gate_up.shape[2]
+        self.exchange = exchange
+        held = list(placement.layers[0][members[exchange.me]])
+
+        def compute(x: Tensor, by_slot: np.ndarray) -> Tensor:
+            return grouped_mlp(x, torch.from_numpy(by_slot), weights.gate_up[held], weights.down[held])
+
+        copies = LayerCopies(placement, 0, num_experts, members, exchange.me)
+        self._route = Route(copies, compute, len(held))
+        self.counts = Counts(1, num_experts, num_experts)
+        self.experts = ParallelExperts(0, top_k, hidden, self, self.counts)
+
+    def route(self, layer: int) -> Route:
+        assert layer == 0
+        return self._route
+
+
+def shm(size: int, shape: Shape) -> list[ShmExchange]:
+    segment = Segment(size, shape)
+    try:
+        return [ShmExchange(segment.path, size, me, shape) for me in range(size)]
+    finally:
+        segment.close()
+
+
+def at_once(calls: Sequence[Callable[[], T]]) -> list[T]:
+    """Each in a thread of its own; raises what the first that failed has raised."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [future.result(timeout=60) for future in [pool.submit(call) for call in calls]]
