@@ -58,6 +58,11 @@ def expert_ranks(cluster: str) -> str:
     return f"{{headrace:{cluster}}}:experts:ranks"
 
 
+def expert_members(cluster: str, group: str) -> str:
+    """HASH: rank -> msgpack Member (workers/experts/messages.py) of its last life, for ranks to find each other."""
+    return f"{{headrace:{cluster}}}:experts:{group}:members"
+
+
 def expert_counts(cluster: str, group: str) -> str:
     """STREAM of msgpack ExpertCounts (field `c`), cut to a bounded length."""
     return f"{{headrace:{cluster}}}:experts:{group}:counts"
