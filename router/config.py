@@ -200,12 +200,59 @@ class TenantConfig(Section):
         return self
 
 
+class ExpertsConfig(Section):
+    """Where the experts of a MoE model are placed, for groups of workers that share them (docs/experts.md)."""
+
+    rebalance: bool = Field(
+        True, description="place experts anew while serving; off: their load is only shown"
+    )
+    interval_s: float = Field(2.0, gt=0, description="seconds between two looks at the load of experts")
+    window_s: float = Field(10.0, gt=0, description="seconds of counts that are kept together")
+    half_life_s: float = Field(60.0, gt=0, description="seconds after which a count weighs half as much")
+    min_tokens: int = Field(
+        20_000,
+        ge=1,
+        description="tokens, each counted once for every expert that it went to, that a layer must have seen",
+    )
+    min_gain: float = Field(
+        0.03,
+        gt=0,
+        lt=1,
+        description="share by which the fullest ranks must have less to do, on counts that were not planned with",
+    )
+    horizon_s: float = Field(
+        300.0,
+        gt=0,
+        description="seconds for which it must pay: what is saved in them against loading experts",
+    )
+    pause_s: float = Field(
+        30.0, ge=0, description="seconds between two placements, unless a rank died or came back"
+    )
+    max_moves: int | None = Field(
+        None, ge=1, description="experts of one layer that may be loaded at a time; null: any number"
+    )
+    expert_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="part of a rank's time that its experts take, until ranks have measured it",
+    )
+    bytes_per_s: float = Field(
+        2e9, gt=0, description="rate at which a rank loads experts, until ranks have measured it"
+    )
+    stall_s: float = Field(
+        120.0, gt=0, description="seconds after which a placement that is not in use is told of, and replaced"
+    )
+    plan_timeout_s: float = Field(60.0, gt=0, description="seconds that planning may take")
+
+
 class RouterConfig(Section):
     replicas: int = Field(1, ge=1, description="router replicas; on one node they share the ports")
     http: HttpConfig = HttpConfig()
     grpc: GrpcConfig = GrpcConfig()
     policy: PolicyConfig = PolicyConfig()
     admission: AdmissionConfig = AdmissionConfig()
+    experts: ExpertsConfig = ExpertsConfig()
     tenants: list[TenantConfig] = Field(
         default=[], description="docs/tenants.md; without any, all keys are of the tenant `default`"
     )
