@@ -5,7 +5,9 @@ last report tells of everybody's requests but is old, the book tells only of our
 
     load now  =  max(reported − ours at the time of the report, 0)  +  ours now
 
-where the first term is what other replicas have there.
+where the first term is what other replicas have there. What is ours shrinks while it is computed: reports say how many
+prompt tokens a worker has computed in all, and it computes the oldest first. (Of several replicas each takes this for
+progress of its own, until there is none left to make; the first term then grows by as much, so that the sum holds.)
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ class Account:
     at_report: Booked = field(default_factory=Booked)
     prefill_token_s: float = 0.0  # as reported, small changes left out
     decode_step_s: float = 0.0
+    _prefills: dict[Booking, None] = field(default_factory=dict)  # with tokens left to compute, oldest first
+    _heard: bool = False
     _recent: float = 0.0  # time average of `requests`, as of `_since`
     _since: float = 0.0
 
@@ -68,10 +72,36 @@ class Account:
         return self._recent
 
     def hear(self, load: Load) -> None:
+        if self._heard:
+            self._computed(load.prompt_tokens - self.reported.prompt_tokens)
+        self._heard = True
         self.reported = load
         self.at_report = self.booked()
         self.prefill_token_s = _steady(self.prefill_token_s, load.prefill_token_s)
         self.decode_step_s = _steady(self.decode_step_s, load.decode_step_s)
+
+    def add(self, booking: Booking) -> None:
+        self.prefill_tokens += booking.prefill_tokens
+        self.decode_blocks += booking.decode_blocks
+        self.requests += booking.requests
+        if booking.prefill_tokens:
+            self._prefills[booking] = None
+
+    def take(self, booking: Booking) -> None:
+        self.prefill_tokens -= booking.prefill_tokens
+        self.decode_blocks -= booking.decode_blocks
+        self.requests -= booking.requests
+        self._prefills.pop(booking, None)
+
+    def _computed(self, tokens: int) -> None:
+        while tokens > 0 and self._prefills:
+            oldest = next(iter(self._prefills))
+            count = min(tokens, oldest.prefill_tokens)
+            oldest.prefill_tokens -= count
+            self.prefill_tokens -= count
+            tokens -= count
+            if not oldest.prefill_tokens:
+                del self._prefills[oldest]
 
 
 def _steady(known: float, reported: float) -> float:
@@ -93,14 +123,14 @@ class Booking:
         requests: int,
     ) -> None:
         self.worker_id = worker_id
-        self.prefill_tokens = prefill_tokens
+        self.prefill_tokens = prefill_tokens  # that are left to compute
         self.decode_blocks = decode_blocks
         self.requests = requests
         self.released = False
         self._book = book
         self._account = account
         book.num_open += 1
-        self._add(1)
+        self._change(account.add)
 
     def release(self) -> None:
         """Raises RuntimeError the second time: a double release would hide load from the policy for ever."""
@@ -108,14 +138,12 @@ class Booking:
             raise RuntimeError(f"booking on {self.worker_id} released twice")
         self.released = True
         self._book.num_open -= 1
-        self._add(-1)
+        self._change(self._account.take)
 
-    def _add(self, sign: int) -> None:
-        account, book = self._account, self._book
-        account.recent_requests(book.clock(), book.window_s)  # up to now with what there was until now
-        account.prefill_tokens += sign * self.prefill_tokens
-        account.decode_blocks += sign * self.decode_blocks
-        account.requests += sign * self.requests
+    def _change(self, change: Callable[[Booking], None]) -> None:
+        book = self._book
+        self._account.recent_requests(book.clock(), book.window_s)  # up to now with what there was until now
+        change(self)
         book.on_change(self.worker_id)
 
 

@@ -48,3 +48,36 @@ def test_bookings_outlive_the_worker():
     old.release()
     assert book.active_blocks("w") == 1
     assert book.num_open == 1
+
+
+def test_what_is_ours_shrinks_while_it_is_computed_oldest_first():
+    book = LoadBook()
+    book.report("w", Load(prompt_tokens=5000))  # what it did before we came
+    first = book.book("w", prefill_tokens=100)
+    book.report("w", Load(prompt_tokens=5060, queued_prefill_tokens=40))
+    assert book.queued_prefill_tokens("w") == 40
+    second = book.book("w", prefill_tokens=200)
+    book.report("w", Load(prompt_tokens=5150, queued_prefill_tokens=150))
+    assert (first.prefill_tokens, second.prefill_tokens) == (0, 150)
+    assert book.queued_prefill_tokens("w") == 150
+    first.release()
+    assert book.queued_prefill_tokens("w") == 150
+    second.release()
+    assert book.booked("w") == Booked()
+
+
+def test_a_worker_that_has_computed_much_before_is_not_thought_to_have_computed_ours():
+    book = LoadBook()
+    book.book("w", prefill_tokens=100)
+    book.report("w", Load(prompt_tokens=10**6))
+    assert book.queued_prefill_tokens("w") == 100
+
+
+def test_what_others_have_there_is_not_lost_when_their_work_is_taken_for_ours():
+    book = LoadBook()
+    book.report("w", Load(queued_prefill_tokens=300))
+    ours = book.book("w", prefill_tokens=100)
+    book.report("w", Load(prompt_tokens=250, queued_prefill_tokens=150))  # it has done theirs, in truth
+    assert book.queued_prefill_tokens("w") == 150
+    ours.release()
+    assert book.queued_prefill_tokens("w") == 150, "until the next report"
