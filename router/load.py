@@ -29,6 +29,7 @@ class Booked:
     """Work of this replica on one worker."""
 
     prefill_tokens: int = 0  # to be computed before a first token
+    prefill_pairs: int = 0  # of these and the positions that they attend to
     decode_blocks: int = 0  # KV blocks in use
     requests: int = 0
 
@@ -38,11 +39,13 @@ class Account:
     """What is known of the load of one life of one worker."""
 
     prefill_tokens: int = 0
+    prefill_pairs: int = 0
     decode_blocks: int = 0
     requests: int = 0
     reported: Load = field(default_factory=Load)
     at_report: Booked = field(default_factory=Booked)
     prefill_token_s: float = 0.0  # as reported, small changes left out
+    prefill_pair_s: float = 0.0
     decode_step_s: float = 0.0
     _prefills: dict[Booking, None] = field(default_factory=dict)  # with tokens left to compute, oldest first
     _heard: bool = False
@@ -50,13 +53,18 @@ class Account:
     _since: float = 0.0
 
     def booked(self) -> Booked:
-        return Booked(self.prefill_tokens, self.decode_blocks, self.requests)
+        return Booked(self.prefill_tokens, self.prefill_pairs, self.decode_blocks, self.requests)
 
     @property
     def queued_prefill_tokens(self) -> int:
         """Prompt tokens that wait to be computed there, now."""
         others = self.reported.queued_prefill_tokens - self.at_report.prefill_tokens
         return max(others, 0) + self.prefill_tokens
+
+    @property
+    def queued_prefill_pairs(self) -> int:
+        """The same in pairs of a token and a position that it attends to: what attention takes grows with these."""
+        return max(self.reported.queued_prefill_pairs - self.at_report.prefill_pairs, 0) + self.prefill_pairs
 
     @property
     def active_blocks(self) -> int:
@@ -78,10 +86,12 @@ class Account:
         self.reported = load
         self.at_report = self.booked()
         self.prefill_token_s = _steady(self.prefill_token_s, load.prefill_token_s)
+        self.prefill_pair_s = _steady(self.prefill_pair_s, load.prefill_pair_s)
         self.decode_step_s = _steady(self.decode_step_s, load.decode_step_s)
 
     def add(self, booking: Booking) -> None:
         self.prefill_tokens += booking.prefill_tokens
+        self.prefill_pairs += booking.prefill_pairs
         self.decode_blocks += booking.decode_blocks
         self.requests += booking.requests
         if booking.prefill_tokens:
@@ -89,6 +99,7 @@ class Account:
 
     def take(self, booking: Booking) -> None:
         self.prefill_tokens -= booking.prefill_tokens
+        self.prefill_pairs -= booking.prefill_pairs
         self.decode_blocks -= booking.decode_blocks
         self.requests -= booking.requests
         self._prefills.pop(booking, None)
@@ -97,8 +108,10 @@ class Account:
         while tokens > 0 and self._prefills:
             oldest = next(iter(self._prefills))
             count = min(tokens, oldest.prefill_tokens)
+            before = oldest.prefill_pairs
             oldest.prefill_tokens -= count
             self.prefill_tokens -= count
+            self.prefill_pairs -= before - oldest.prefill_pairs
             tokens -= count
             if not oldest.prefill_tokens:
                 del self._prefills[oldest]
@@ -111,7 +124,16 @@ def _steady(known: float, reported: float) -> float:
 class Booking:
     """One entry of the book. Whoever made it releases it, once."""
 
-    __slots__ = ("_account", "_book", "decode_blocks", "prefill_tokens", "released", "requests", "worker_id")
+    __slots__ = (
+        "_account",
+        "_book",
+        "decode_blocks",
+        "prefill_tokens",
+        "prompt_tokens",
+        "released",
+        "requests",
+        "worker_id",
+    )
 
     def __init__(
         self,
@@ -119,11 +141,13 @@ class Booking:
         worker_id: str,
         account: Account,
         prefill_tokens: int,
+        prompt_tokens: int,
         decode_blocks: int,
         requests: int,
     ) -> None:
         self.worker_id = worker_id
-        self.prefill_tokens = prefill_tokens  # that are left to compute
+        self.prefill_tokens = prefill_tokens  # that are left to compute: the last ones of the prompt
+        self.prompt_tokens = prompt_tokens
         self.decode_blocks = decode_blocks
         self.requests = requests
         self.released = False
@@ -131,6 +155,10 @@ class Booking:
         self._account = account
         book.num_open += 1
         self._change(account.add)
+
+    @property
+    def prefill_pairs(self) -> int:
+        return prefill_pairs(self.prefill_tokens, self.prompt_tokens)
 
     def release(self) -> None:
         """Raises RuntimeError the second time: a double release would hide load from the policy for ever."""
@@ -147,6 +175,11 @@ class Booking:
         book.on_change(self.worker_id)
 
 
+def prefill_pairs(tokens: int, prompt_tokens: int) -> int:
+    """Pairs of each of the last `tokens` of a prompt and a position that it attends to."""
+    return tokens * (2 * prompt_tokens - tokens) // 2
+
+
 class LoadBook:
     """Reports and bookings by worker. Pure but for its clock; not thread-safe."""
 
@@ -161,10 +194,20 @@ class LoadBook:
         self._accounts: dict[str, Account] = {}
 
     def book(
-        self, worker_id: str, *, prefill_tokens: int = 0, decode_blocks: int = 0, requests: int = 1
+        self,
+        worker_id: str,
+        *,
+        prefill_tokens: int = 0,
+        prompt_tokens: int | None = None,
+        decode_blocks: int = 0,
+        requests: int = 1,
     ) -> Booking:
-        """`requests`: 0 for more work of a request that is booked there already."""
-        return Booking(self, worker_id, self._account(worker_id), prefill_tokens, decode_blocks, requests)
+        """`prefill_tokens` are to be computed, the last ones of `prompt_tokens` (None: there are no others).
+        `requests`: 0 for more work of a request that is booked there already."""
+        prompt = prefill_tokens if prompt_tokens is None else prompt_tokens
+        return Booking(
+            self, worker_id, self._account(worker_id), prefill_tokens, prompt, decode_blocks, requests
+        )
 
     def report(self, worker_id: str, load: Load) -> None:
         """A heartbeat came in."""

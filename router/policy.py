@@ -31,6 +31,8 @@ class WorkerView(NamedTuple):
     decode_step_s: float = 0.0  # seconds of a step that only decodes; 0: not known
     host: str = ""  # where it runs; "": not known
     peers: Mapping[str, PeerStatus] = MappingProxyType({})  # ways to those it sends blocks to
+    queued_prefill_pairs: int = 0  # of the queued tokens and the positions that they attend to
+    prefill_pair_s: float = 0.0  # seconds that such a pair takes; 0: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,16 @@ class Score(NamedTuple):
     decode: float = 0.0  # what running streams cost a new one
     heat: float = 0.0  # recent load over the mean of its pool; above 1 it has shrunk the credit
     pace: float = 1.0  # how many times slower it computes than the fastest
+    fetch_tokens: int = 0  # of the uncached: cached on another worker, from which it will fetch them
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.cached_tokens + self.uncached_tokens
+
+    @property
+    def prefill_tokens(self) -> int:
+        """That it has to compute."""
+        return self.uncached_tokens - self.fetch_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Protocol, runtime_checkable
 
 from router.load import LoadBook
@@ -28,6 +29,21 @@ class Pool:
     recent_requests: float = 0.0  # the mean
     prefill_token_s: float = 0.0  # the fastest that is known; 0: none is
     decode_step_s: float = 0.0
+    attention: float = 0.0  # what a position that a prompt token attends to costs, in prompt tokens
+
+    @classmethod
+    def of(cls, views: Collection[WorkerView], recent_requests: float) -> Pool:
+        """`recent_requests`: the mean."""
+        attentions = [
+            v.prefill_pair_s / v.prefill_token_s for v in views if v.prefill_pair_s and v.prefill_token_s
+        ]
+        return cls(
+            len(views),
+            recent_requests,
+            min((v.prefill_token_s for v in views if v.prefill_token_s), default=0.0),
+            min((v.decode_step_s for v in views if v.decode_step_s), default=0.0),
+            median(attentions) if attentions else 0.0,
+        )
 
 
 Standing = Callable[[WorkerView, Pool], float]
@@ -76,12 +92,7 @@ class Listed:
 
     def _sum_up(self, role: Role) -> Pool:
         views = self._of(role)
-        return Pool(
-            len(views),
-            sum(view.recent_requests for view in views) / max(len(views), 1),
-            min((view.prefill_token_s for view in views if view.prefill_token_s), default=0.0),
-            min((view.decode_step_s for view in views if view.decode_step_s), default=0.0),
-        )
+        return Pool.of(views, sum(view.recent_requests for view in views) / max(len(views), 1))
 
 
 class Roster:
@@ -136,6 +147,8 @@ class Roster:
             account.decode_step_s,
             host,
             account.reported.peers,
+            account.queued_prefill_pairs,
+            account.prefill_pair_s,
         )
         self._rank(info.hash_root, info.role).put(view)
 
@@ -198,21 +211,25 @@ class _Rank:
             self._sort_in(view)
 
     def _sum_up(self, view: WorkerView | None, before: WorkerView | None) -> bool:
-        """True: the fastest is another one now, and everybody's standing with it."""
+        """True: the pool's paces are others now, and everybody's standing with them."""
         old = self.pool
         count = len(self.views)
         mean = max(self._recent, 0.0) / max(count, 1)
-        token_s, step_s = old.prefill_token_s, old.decode_step_s
-        if _paces(view) != _paces(before):
-            known = self.views.values()
-            token_s = min((v.prefill_token_s for v in known if v.prefill_token_s), default=0.0)
-            step_s = min((v.decode_step_s for v in known if v.decode_step_s), default=0.0)
-        self.pool = Pool(count, mean, token_s, step_s)
-        return (token_s, step_s) != (old.prefill_token_s, old.decode_step_s)
+        if _paces(view) == _paces(before):
+            self.pool = Pool(count, mean, old.prefill_token_s, old.decode_step_s, old.attention)
+            return False
+        self.pool = Pool.of(self.views.values(), mean)
+        return _paces_of(self.pool) != _paces_of(old)
 
 
-def _paces(view: WorkerView | None) -> tuple[float, float]:
-    return (0.0, 0.0) if view is None else (view.prefill_token_s, view.decode_step_s)
+def _paces(view: WorkerView | None) -> tuple[float, float, float]:
+    return (
+        (0.0, 0.0, 0.0) if view is None else (view.prefill_token_s, view.decode_step_s, view.prefill_pair_s)
+    )
+
+
+def _paces_of(pool: Pool) -> tuple[float, float, float]:
+    return pool.prefill_token_s, pool.decode_step_s, pool.attention
 
 
 class Usable:

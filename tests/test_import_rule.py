@@ -23,6 +23,7 @@ PURE = (
     "workers/engine/scheduler.py",
     "workers/engine/plan.py",
     "workers/engine/block_pool.py",
+    "workers/engine/pace.py",
     "workers/engine/fill.py",
     "workers/prefix_loader.py",
     "workers/tiers/block_file.py",

@@ -6,6 +6,7 @@ token and of their end.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -21,8 +22,9 @@ from router.generation import GenerationError
 from router.load import Booking, LoadBook
 from router.policy import Choice, Demand, Policy, Score, WorkerView, fetch_from
 from router.prefix_index import CachedPrefix, PrefixIndex
+from router.room import Refusal
 from router.roster import Listed, Roster, Sorts, Usable
-from workers.protocol.messages import IndexBatch, KvLayout, Load, WorkerInfo
+from workers.protocol.messages import IndexBatch, KvLayout, Load, Room, WorkerInfo
 from workers.protocol.tiers import Removed
 
 _EXCLUDED_S = 1.0
@@ -33,8 +35,11 @@ _MODEL = bytes(16)  # hash root: there is one model
 @dataclass(slots=True, eq=False)
 class Link:
     worker: Worker
-    busy: bool = False
+    refusal: Refusal | None = None
     synced: bool = False  # the index holds what the worker published
+
+    def may_take(self, num_blocks: int) -> bool:
+        return self.refusal is None or not self.refusal.refuses(num_blocks)
 
 
 class Attempt:
@@ -144,10 +149,11 @@ class Router:
         link = self.links.get(worker.worker_id)
         if link is None or link.worker is not worker:
             return
-        link.busy = False
+        if link.refusal is not None and link.refusal.is_over(load):
+            link.refusal = None
         self.book.report(worker.worker_id, load)
-        if worker.role == "decode":
-            self._room(load.free_blocks)
+        if worker.role == "decode" and link.refusal is None:
+            self._room(load.room or worker.room())
 
     def index_batch(self, batch: IndexBatch) -> None:
         if self.index.apply(batch):
@@ -221,8 +227,10 @@ class Router:
         began = time.thread_time()
         now = self._timeline.now
         excluded = {worker for worker, until in job.excluded.items() if until > now}
-        demand, views = self._demand(job), self.views()
-        choice = self._policy.choose(demand, views, excluded)
+        views = self.views(job.known_tokens // ROUTER_BLOCK + 1)
+        if isinstance(views, Usable) and next(iter(views.ranked("decode")), None) is None:
+            return None
+        choice = self._policy.choose(self._demand(job), views, excluded)
         self.decision_s.append(time.thread_time() - began)
         return choice
 
@@ -231,15 +239,16 @@ class Router:
         found = self._look(hashes) if self._exact else self.index.match(hashes)
         return Demand(job.known_tokens, self._block_size, found, self._token_bytes)
 
-    def views(self) -> Usable | Listed:
+    def views(self, num_blocks: int = 1) -> Usable | Listed:
         if self._exact:
-            seen = [self._exact_view(link.worker) for link in self.links.values() if not link.busy]
+            links = [link for link in self.links.values() if link.may_take(num_blocks)]
+            seen = [self._exact_view(link.worker) for link in links]
             return Listed(seen, lambda view, pool: 0.0, random.Random(0))
-        return self._roster.views(_MODEL, self._is_usable)
+        return self._roster.views(_MODEL, lambda worker_id: self._is_usable(worker_id, num_blocks))
 
-    def _is_usable(self, worker_id: str) -> bool:
+    def _is_usable(self, worker_id: str, num_blocks: int) -> bool:
         link = self.links.get(worker_id)
-        return link is not None and not link.busy
+        return link is not None and link.may_take(num_blocks)
 
     def _info(self, worker: Worker) -> WorkerInfo:
         limits = worker.limits
@@ -282,7 +291,7 @@ class Router:
         excluded = [
             job.excluded.get(worker_id, 0.0)
             for worker_id, link in self.links.items()
-            if link.worker.role == "decode" and not link.busy
+            if link.worker.role == "decode" and link.may_take(job.known_tokens // ROUTER_BLOCK + 1)
         ]
         pause_s = min(excluded) - now if excluded else 0.0
         if excluded and pause_s > 0:
@@ -298,8 +307,14 @@ class Router:
         if entry in self._entries and self.line.again(entry, self._timeline.now):
             self._place(entry)
 
-    def _room(self, free_blocks: int) -> None:
-        woken = self.line.room(free_blocks, self._timeline.now) if free_blocks > 0 else []
+    def _room(self, room: Room) -> None:
+        reads_elsewhere = any(link.worker.role == "prefill" for link in self.links.values())
+        woken = self.line.room(
+            room.blocks,
+            self._timeline.now,
+            requests=room.requests,
+            tokens=math.inf if reads_elsewhere else room.tokens,
+        )
         self._drop_late()
         self._try_all(woken)
 
@@ -343,21 +358,18 @@ class Router:
         decode, seq = attempt.decode, attempt.seq
         if attempt.ended or not decode.alive:
             return
-        first_block: int | None = 0
-        if decode.uncached_tokens(seq) <= attempt.choice.local_prefill_max:
-            taken = decode.has_room(seq)
-            if taken:
-                self._watch(attempt)
-                decode.add(seq)
-                first_block = None
+        here = decode.uncached_tokens(seq) <= attempt.choice.local_prefill_max
+        lacks = decode.lacks(seq, computed_here=here)
+        first_block: int | None = None
+        if lacks is not None:
+            decode.refuse(lacks)
         else:
-            first_block = decode.reserve(seq)
-            taken = first_block is not None
-            if taken:
-                self._watch(attempt)
-        if not taken:
-            decode.busy()
-        self._timeline.after(self._message_s, self._answered, attempt, taken, first_block)
+            self._watch(attempt)
+            if here:
+                decode.add(seq)
+            else:
+                first_block = decode.reserve(seq)
+        self._timeline.after(self._message_s, self._answered, attempt, lacks, first_block)
 
     def _watch(self, attempt: Attempt) -> None:
         attempt.seq.on_first = lambda seq: self._first(attempt)
@@ -371,13 +383,13 @@ class Router:
 
     # --- back at the router -----------------------------------------------------------------------------------------
 
-    def _answered(self, attempt: Attempt, taken: bool, first_block: int | None) -> None:
+    def _answered(self, attempt: Attempt, lacks: Room | None, first_block: int | None) -> None:
         if attempt.ended:
             return
-        if not taken:
+        if lacks is not None:
             link = self.links.get(attempt.decode.worker_id)
             if link is not None:
-                link.busy = True
+                link.refusal = Refusal.of(lacks, link.refusal)
             self._drop(attempt)
             self._place(attempt.entry)
             return
@@ -453,11 +465,6 @@ class Router:
         """The attempt has ended: dispatch._release."""
         del self._attempts[attempt]
         attempt.release()
-        if attempt.taken:
-            link = self.links.get(attempt.decode.worker_id)
-            if link is not None:
-                link.busy = False
-            self._room(attempt.num_blocks)
 
     def _failed(self, attempt: Attempt, blamed: Worker | None) -> None:
         """Go on elsewhere with what the client has seen."""
@@ -491,7 +498,12 @@ class Router:
     def _book_prefill(self, attempt: Attempt, score: Score) -> None:
         elsewhere = score.worker_id != attempt.decode.worker_id
         attempt.book_prefill(
-            self.book.book(score.worker_id, prefill_tokens=score.uncached_tokens, requests=int(elsewhere))
+            self.book.book(
+                score.worker_id,
+                prefill_tokens=score.prefill_tokens,
+                prompt_tokens=score.prompt_tokens,
+                requests=int(elsewhere),
+            )
         )
 
     def _holder(self, demand: Demand, worker: Worker) -> tuple[Worker, int] | None:

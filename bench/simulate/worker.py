@@ -11,19 +11,20 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from bench.simulate.cost import StepCost
 from bench.simulate.jobs import Job
 from bench.simulate.timeline import Event, Timeline
+from router.load import prefill_pairs
 from workers.engine.block_pool import BlockPool
-from workers.protocol.messages import Load, PeerStatus, Role
+from workers.engine.pace import Pace
+from workers.protocol.messages import Load, PeerStatus, Role, Room
 
 ROOT = bytes(16)  # the parent of a first block
 # Tokens: blocks are told to the router in this unit, so that its weights mean what they always mean.
 ROUTER_BLOCK = 16
-_SMOOTHING = 0.2  # weight of the newest step, in what a worker tells of its pace
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Limits:
     block_size: int  # tokens
     max_num_seqs: int
     max_num_batched_tokens: int
+
+    @property
+    def max_queued_tokens(self) -> int:
+        """The engine's default."""
+        return 2 * self.max_num_batched_tokens
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -54,6 +60,7 @@ class Seq:
         "decode_serial",
         "done",
         "fetched_tokens",
+        "found",
         "hashes",
         "job",
         "join_computed",
@@ -84,6 +91,7 @@ class Seq:
         self.prefill_only = prefill_only
         self.cached_tokens = 0  # found here when it was first taken up
         self.fetched_tokens = 0
+        self.found = 0  # while it waits: tokens that the cache held when it began to
         self.preemptions = 0
         self.turn = -1  # its place among the running, unique; the youngest is preempted first
         self.decode_serial = (
@@ -157,9 +165,9 @@ class Worker:
         self.preemptions = 0
         self.prompt_tokens = 0  # computed
         self.output_tokens = 0  # sampled
-        self.told_busy = False
+        self.refused: set[Room] = set()
         self.peers: dict[str, PeerStatus] = {}  # to whom it has sent
-        self.prefill_token_s = self.decode_step_s = 0.0  # measured lately, as the engine does
+        self.pace = Pace()
         self.fills: list[list[int]] = []  # blocks held by those who load them, or send them elsewhere
         self._timeline = timeline
         self._on_cache = on_cache
@@ -182,11 +190,16 @@ class Worker:
     def uncached_tokens(self, seq: Seq) -> int:
         return seq.known - len(self._match(seq)) * self._size
 
-    def has_room(self, seq: Seq) -> bool:
+    def lacks(self, seq: Seq, *, computed_here: bool) -> Room | None:
+        """Scheduler.lacks."""
         self.sync()
-        matched = self._match(seq)
-        missing = self._blocks_for(seq.known) - len(matched)
-        return self._has_seat and not self.waiting and missing <= self.pool.num_available(matched)
+        need = self._blocks_taken(seq, self._match(seq))
+        owed = self._blocks_owed(self.waiting) + self._blocks_owed(self.prefilling)
+        fits = need + owed <= self.pool.num_free
+        is_long = computed_here and self._queued_tokens() >= self.limits.max_queued_tokens
+        if self._has_seat and fits and not is_long:
+            return None
+        return Room(int(not self._has_seat), 0 if fits else need * self._scale, int(is_long))
 
     def add(self, seq: Seq) -> None:
         """Compute it here from its first uncached token on."""
@@ -195,13 +208,10 @@ class Worker:
         self._kick()
 
     def reserve(self, seq: Seq) -> int | None:
-        """Blocks for all its known tokens; answers how many are cached, None without room."""
-        self.sync()
-        matched = self._match(seq)
-        missing = self._blocks_for(seq.known) - len(matched)
-        wanted = sum(self._blocks_for(other.known) for other in self.waiting)
-        if not self._has_seat or missing + wanted > self.pool.num_available(matched):
+        """Blocks for all its known tokens; answers how many are cached, None when something is lacking."""
+        if self.lacks(seq, computed_here=False) is not None:
             return None
+        matched = self._match(seq)
         self._take(seq, matched)
         grown = self._grow(seq, seq.known)
         assert grown
@@ -238,37 +248,53 @@ class Worker:
         seq.on_end = seq.on_first = seq.on_computed = None
         self._chunks = [(other, count) for other, count in self._chunks if other is not seq]
         self._end(seq)
-        self.room()
+        self._tell_room()
         self._kick()
 
-    def busy(self) -> None:
-        self.told_busy = True
+    def refuse(self, lacks: Room) -> None:
+        self.refused.add(lacks)
 
-    def room(self) -> None:
-        if self.told_busy:
-            self.told_busy = False
+    def room(self) -> Room:
+        """Scheduler.room."""
+        owed = self._blocks_owed(self.waiting) + self._blocks_owed(self.prefilling)
+        seats = self.limits.max_num_seqs - len(self.running) - self.num_reserved - len(self.waiting)
+        return Room(
+            requests=max(seats, 0),
+            blocks=max(self.pool.num_free - owed, 0) * self._scale,
+            tokens=max(self.limits.max_queued_tokens - self._queued_tokens(), 0),
+        )
+
+    def _tell_room(self) -> None:
+        """Serving._room."""
+        if not self.refused:
+            return
+        room = self.room()
+        if any(room.covers(lacks) for lacks in self.refused):
+            self.refused.clear()
             self._on_room(self)
 
     def load(self) -> Load:
         self.sync()
         scale = self._scale
-        behind = sum(seq.known for seq in self.waiting) + sum(
-            seq.known - seq.computed for seq in self.prefilling if seq.known - seq.computed > 1
-        )
+        queued = [(seq.known - seq.found, seq.known) for seq in self.waiting]
+        queued += [(seq.known - seq.computed, seq.known) for seq in self.prefilling]
         return Load(
             running=len(self.running),
             waiting=len(self.waiting),
             reserved=self.num_reserved,
-            queued_prefill_tokens=behind,
+            queued_prefill_tokens=sum(count for count, _ in queued if count > 1),
+            queued_prefill_pairs=sum(prefill_pairs(count, known) for count, known in queued if count > 1),
             active_blocks=self.pool.num_referenced * scale,
             cached_blocks=self.pool.num_cached * scale,
             free_blocks=self.pool.num_free * scale,
             prompt_tokens=self.prompt_tokens,
             output_tokens=self.output_tokens,
             preemptions=self.preemptions,
-            prefill_token_s=self.prefill_token_s,
-            decode_step_s=self.decode_step_s,
+            prefill_token_s=self.pace.token_s or 0.0,
+            prefill_pair_s=self.pace.pair_s,
+            decode_step_s=self.pace.decode_step_s or 0.0,
             peers=self.peers,
+            room=self.room(),
         )
 
     def holds(self, block_hash: bytes) -> bool:
@@ -306,7 +332,7 @@ class Worker:
         if steps > 0:
             taken_s = segment.end_of(ended) - segment.end_of(segment.taken)
             self.busy_s += taken_s
-            self.decode_step_s = _smooth(self.decode_step_s, taken_s / steps, steps)
+            self.pace.decodes(taken_s / steps, steps)
             segment.taken = ended  # first: what follows from it may ask again
             self._advance(steps)
 
@@ -361,10 +387,10 @@ class Worker:
         while self.waiting and budget > 0 and len(self.running) < seats and not preempted:
             seq = self.waiting[0]
             matched = self._match(seq)
+            if self._blocks_taken(seq, matched) + self._blocks_owed(self.prefilling) > self.pool.num_free:
+                break
             cached = len(matched) * self._size
             count = min(seq.known - cached, budget)
-            if self._blocks_for(cached + count) - len(matched) > self.pool.num_available(matched):
-                break
             del self.waiting[0]
             self._take(seq, matched)
             seq.computed = cached
@@ -384,8 +410,7 @@ class Worker:
             self.busy_s += seconds
             samples = self._num_decoding + sum(seq.computed + count >= seq.known for seq, count in chunks)
             if tokens + self._num_decoding - samples >= max(samples, self._size):
-                now = seconds / (tokens + self._num_decoding)
-                self.prefill_token_s = _smooth(self.prefill_token_s, now, 1)
+                self.pace.prompts(tokens + self._num_decoding, pairs + self._context, seconds)
             self._chunks = chunks
             self._step = self._timeline.after(seconds, self._step_ended)
         elif self._num_decoding:
@@ -408,6 +433,7 @@ class Worker:
             elif seq.on_computed is not None:
                 seq.on_computed(seq)
         self._on_cache(self)
+        self._tell_room()
         self._next_step()
 
     def _sampled(self, seq: Seq) -> None:
@@ -425,7 +451,6 @@ class Worker:
             seq.on_first(seq)
         if seq.done >= seq.job.asked.output_tokens:
             self._end(seq)
-            self.room()
         else:
             self._join(seq)
 
@@ -471,7 +496,7 @@ class Worker:
             self._store(seq, seq.computed)
             self._end(seq)
         if ended:
-            self.room()
+            self._tell_room()
 
     # --- streams ----------------------------------------------------------------------------------------------------
 
@@ -539,6 +564,18 @@ class Worker:
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._size)
 
+    def _blocks_taken(self, seq: Seq, matched: list[int]) -> int:
+        cached = self.pool.num_free - self.pool.num_available(matched)
+        return self._blocks_for(seq.known) - len(matched) + cached
+
+    def _blocks_owed(self, seqs: Iterable[Seq]) -> int:
+        return sum(max(self._blocks_for(seq.known) - len(seq.table), 0) for seq in seqs)
+
+    def _queued_tokens(self) -> int:
+        behind = (seq.known - seq.computed for seq in self.prefilling)
+        waiting = sum(seq.known - seq.found for seq in self.waiting)
+        return waiting + sum(count for count in behind if count > 1)
+
     def _match(self, seq: Seq) -> list[int]:
         return self.pool.match(seq.hashes[: (seq.known - 1) // self._size])
 
@@ -568,6 +605,7 @@ class Worker:
 
     def _enqueue(self, seq: Seq) -> None:
         seq.state = "waiting"
+        seq.found = len(self._match(seq)) * self._size
         at = len(self.waiting)
         while at and self.waiting[at - 1].arrived_s > seq.arrived_s:
             at -= 1
@@ -607,8 +645,3 @@ class Worker:
     def tables(self) -> list[list[int]]:
         """For BlockPool.check at rest: nothing is reserved, and nothing is being sent."""
         return [*(seq.table for seq in self.running), *self.fills]
-
-
-def _smooth(before: float, now: float, times: int) -> float:
-    """Engine._observe_pace, so many times the same."""
-    return now + (before - now) * (1 - _SMOOTHING) ** times if before else now

@@ -63,6 +63,7 @@ class _Weighed(NamedTuple):
     decode: float
     heat: float
     pace: float
+    fetch: int
 
     def score(self, demand: Demand) -> Score:
         return Score(
@@ -79,6 +80,7 @@ class _Weighed(NamedTuple):
             self.decode,
             self.heat,
             self.pace,
+            self.fetch,
         )
 
 
@@ -137,7 +139,7 @@ class CostPolicy:
 
     def standing(self, view: WorkerView, pool: Pool) -> float:
         """The queue of a worker and what its running streams cost a new one."""
-        standing = view.queued_prefill_tokens * _pace(view.prefill_token_s, pool.prefill_token_s)
+        standing = _queued(view, pool) * _pace(view.prefill_token_s, pool.prefill_token_s)
         if view.role == "decode":
             weight = self._config.decode_block_weight
             standing += weight * view.active_blocks * _pace(view.decode_step_s, pool.decode_step_s)
@@ -175,6 +177,7 @@ class CostPolicy:
         found: dict[str, _Weighed] = {}
         lowest = float("inf")  # of those that were weighed
         slack = self._slack(demand)
+        prompt = _work(demand.prompt_tokens, pool)
 
         def weigh(view: WorkerView) -> None:
             nonlocal lowest
@@ -192,7 +195,7 @@ class CostPolicy:
             while holder is not None and holder[0].worker_id in found:
                 holder = next(holders, None)
             cached = 0 if holder is None else min(holder[1] * demand.block_size, demand.prompt_tokens)
-            least = standing + demand.prompt_tokens - self._most_credit(asked, cached)
+            least = standing + prompt - self._most_credit(asked, cached, pool)
             if local is not None and demand.prompt_tokens - cached > local.most:
                 least += local.saves
             if lowest + slack < least or (lowest <= least and len(found) >= _ENOUGH_EQUALS):
@@ -222,9 +225,10 @@ class CostPolicy:
         cached = min(prefix.blocks * demand.block_size, demand.prompt_tokens)
         pace = _pace(view.prefill_token_s, pool.prefill_token_s)
         heat = view.recent_requests / max(pool.recent_requests, _NEVER_HOT[view.role])
-        queued = view.queued_prefill_tokens * pace
-        prompt = demand.prompt_tokens * pace
-        credit = self._saved(asked, view.worker_id, prefix, cached) * pace
+        queued = _queued(view, pool) * pace
+        prompt = _work(demand.prompt_tokens, pool) * pace
+        fetchable = self._fetchable(asked, view.worker_id)
+        credit = self._saved(pool, prefix, cached, fetchable) * pace
         if heat > 1.0 and config.heat_limit is not None:
             credit *= max(1.0 - (heat - 1.0) / (config.heat_limit - 1.0), 0.0)
         decode = 0.0
@@ -235,33 +239,42 @@ class CostPolicy:
             )  # its own blocks, on a slower worker
             decode = config.decode_block_weight * (view.active_blocks * slow + own)
         cost = queued + prompt - credit + decode
-        return _Weighed(cost, view, cached, queued, prompt, credit, decode, heat, pace)
+        fetch = max(fetchable - cached, 0) if fetchable - cached >= config.fetch_min_tokens else 0
+        return _Weighed(cost, view, cached, queued, prompt, credit, decode, heat, pace, fetch)
 
-    def _saved(self, asked: _Asked, worker_id: str, prefix: CachedPrefix, cached: int) -> float:
+    @staticmethod
+    def _fetchable(asked: _Asked, worker_id: str) -> int:
+        """The longest prefix of another worker, in tokens."""
+        tokens, _ = asked.longest if asked.longest[1] != worker_id else asked.second
+        return tokens
+
+    def _saved(self, pool: Pool, prefix: CachedPrefix, cached: int, fetchable: int) -> float:
         """Tokens of work. The larger of what it holds, and what it holds beside what it could fetch: so more is
         never worth less, wherever it lies."""
         credit = self._config.tier_credit
-        share = cached / prefix.blocks if prefix.blocks else 0.0
-        host, disk = prefix.host * share, prefix.disk * share
-        device = cached - host - disk
-        own = device * credit.device + host * credit.host + disk * credit.disk
-        tokens, _ = asked.longest if asked.longest[1] != worker_id else asked.second
-        fetchable = tokens - self._config.fetch_min_tokens
-        if fetchable > 0:
-            remote = credit.remote
+        if not cached:
+            own = beside = 0.0
+        else:
+            block = _work(cached, pool) / prefix.blocks
+            host, disk = prefix.host * block, prefix.disk * block
+            device = (prefix.blocks - prefix.host - prefix.disk) * block
+            own = device * credit.device + host * credit.host + disk * credit.disk
             beside = (
-                device * max(credit.device - remote, 0.0)
-                + host * max(credit.host - remote, 0.0)
-                + disk * max(credit.disk - remote, 0.0)
+                device * max(credit.device - credit.remote, 0.0)
+                + host * max(credit.host - credit.remote, 0.0)
+                + disk * max(credit.disk - credit.remote, 0.0)
             )
-            own = max(own, remote * fetchable + beside)
+        fetched = fetchable - self._config.fetch_min_tokens
+        if fetched > 0:
+            own = max(own, credit.remote * _work(fetched, pool) + beside)
         return own * self._config.cache_credit
 
-    def _most_credit(self, asked: _Asked, cached: int) -> float:
+    def _most_credit(self, asked: _Asked, cached: int, pool: Pool) -> float:
         """The most that `_saved` can be for a worker that holds at most `cached` tokens."""
         fetchable = max(asked.longest[0] - self._config.fetch_min_tokens, 0)
-        fetched = self._config.tier_credit.remote * fetchable + self._above_remote * cached
-        return max(self._best_tier * cached, fetched) * self._config.cache_credit
+        held = _work(cached, pool)
+        fetched = self._config.tier_credit.remote * _work(fetchable, pool) + self._above_remote * held
+        return max(self._best_tier * held, fetched) * self._config.cache_credit
 
     # --- pairs ------------------------------------------------------------------------------------------------------
 
@@ -360,7 +373,7 @@ class CostPolicy:
             return _LocalPrefill(self._config, PREFILL_EVERYTHING, 0.0, 0.0, 0.0)
         known = workers.pool("decode").prefill_token_s or workers.pool("prefill").prefill_token_s
         token_s = prefill.view.prefill_token_s or workers.pool("prefill").prefill_token_s or known
-        wait_s = prefill.view.queued_prefill_tokens * token_s
+        wait_s = _queued(prefill.view, workers.pool("prefill")) * token_s
         most = max(self._config.local_prefill_max, wait_s / known if known else 0.0)
         return _LocalPrefill(self._config, most, prefill.cost, wait_s, known)
 
@@ -395,6 +408,15 @@ class _LocalPrefill:
             self.wait_s if not view.active_blocks else min(self.wait_s, self.config.local_prefill_stall_s)
         )
         return max(int(until_s / token_s) - view.queued_prefill_tokens, self.config.local_prefill_max)
+
+
+def _work(tokens: int, pool: Pool) -> float:
+    """Of a prompt, in tokens of work: each token attends to all before it."""
+    return tokens * (1.0 + pool.attention * tokens / 2)
+
+
+def _queued(view: WorkerView, pool: Pool) -> float:
+    return view.queued_prefill_tokens + pool.attention * view.queued_prefill_pairs
 
 
 def _shown(demand: Demand, weighed: list[_Weighed], chosen: _Weighed | None) -> tuple[Score, ...]:

@@ -10,7 +10,7 @@ def test_booked_once_released_exactly_once():
     book = LoadBook()
     first = book.book("w", prefill_tokens=100)
     second = book.book("w", decode_blocks=7)
-    assert book.booked("w") == Booked(prefill_tokens=100, decode_blocks=7, requests=2)
+    assert book.booked("w") == Booked(prefill_tokens=100, prefill_pairs=5000, decode_blocks=7, requests=2)
     first.release()
     with pytest.raises(RuntimeError, match="twice"):
         first.release()
@@ -81,3 +81,17 @@ def test_what_others_have_there_is_not_lost_when_their_work_is_taken_for_ours():
     assert book.queued_prefill_tokens("w") == 150
     ours.release()
     assert book.queued_prefill_tokens("w") == 150, "until the next report"
+
+
+def test_the_end_of_a_long_prompt_attends_to_more_than_its_beginning():
+    book = LoadBook()
+    book.report("w", Load())
+    booking = book.book("w", prefill_tokens=60, prompt_tokens=100)
+    in_all = sum(position + 0.5 for position in range(40, 100))
+    assert book.account("w").queued_prefill_pairs == booking.prefill_pairs == in_all
+    book.report("w", Load(prompt_tokens=50, queued_prefill_tokens=10))
+    assert book.account("w").queued_prefill_pairs == sum(position + 0.5 for position in range(90, 100))
+    book.report("w", Load(prompt_tokens=50, queued_prefill_tokens=15, queued_prefill_pairs=2000))
+    assert book.account("w").queued_prefill_pairs == 2000, "somebody else's, too"
+    booking.release()
+    assert book.booked("w") == Booked()

@@ -170,6 +170,19 @@ class PeerStatus(Struct, frozen=True):
     passed_over: list[str] = []  # better roads that were allowed, and why they were not taken
 
 
+class Room(Struct, frozen=True, array_like=True):
+    """What a decode worker can still take, beside all that it has taken; or what a request would need of it."""
+
+    requests: int = 0
+    blocks: int = 0  # KV blocks for known tokens
+    tokens: int = 0  # of prompts that may wait to be computed there
+
+    def covers(self, need: Room) -> bool:
+        return (
+            self.requests >= need.requests and self.blocks >= need.blocks and self.tokens >= need.tokens
+        )
+
+
 class Load(Struct, frozen=True):
     """What the cost function needs to know of a worker, and what `headrace status` shows."""
 
@@ -188,9 +201,13 @@ class Load(Struct, frozen=True):
     preemptions: int = 0  # since start
     drafted_tokens: int = 0  # since start: guessed by speculation and verified
     accepted_tokens: int = 0  # since start: of these, right
-    prefill_token_s: float = 0.0  # seconds to compute a prompt token, measured lately; 0: not measured yet
+    # Seconds to compute a prompt token, measured lately, attention to what is before it left out; 0: not measured yet.
+    prefill_token_s: float = 0.0
     decode_step_s: float = 0.0  # seconds of a step that only decodes, measured lately; 0: not measured yet
     peers: dict[str, PeerStatus] = {}  # by worker_id: those that this worker sends blocks to
+    room: Room | None = None  # None: it does not tell
+    prefill_pair_s: float = 0.0  # seconds that attention takes for a prompt token and a position, measured lately
+    queued_prefill_pairs: int = 0  # of the queued prompt tokens and the positions that each will attend to
 
 
 class Planned(Struct, frozen=True):
@@ -321,10 +338,11 @@ class Failed(Struct, frozen=True, tag="fail"):
     request_id: str
     code: FailureCode
     message: str
+    lacks: Room | None = None  # of "busy": what there is too little of; None: it does not tell
 
 
 class Heartbeat(Struct, frozen=True, tag="beat"):
-    """Sent every heartbeat on each connection, and whenever blocks are freed after a `busy`."""
+    """Sent every heartbeat on each connection, and when there is room for what was refused with `busy`."""
 
     load: Load
 
