@@ -10,91 +10,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.cpu.layout import DEPTH, PANEL, round_up
+from kernels.cpu.expert_exchange import ExpertExchange, Hook, check
+from kernels.cpu.experts import ExpertTable
 from kernels.cpu.library import Library
-from kernels.cpu.structures import (
-    EmbeddingKind,
-    Format,
-    KvCache,
-    Layer,
-    Matrix,
-    Model,
-    ModelShape,
-    Step,
-)
+from kernels.cpu.packed import PackedLayer as PackedLayer
+from kernels.cpu.packed import PackedModel as PackedModel
+from kernels.cpu.packed import model_struct
+from kernels.cpu.structures import KvCache, Step, StepResult
 
 SPIN = 1500  # pauses before a waiting thread sleeps, some 20 us: who else is on the core may have it then
 
-STAGES = ("embed", "qkv", "attention", "output", "gate_up", "down", "head")
-
-
-@dataclass(frozen=True, eq=False)
-class PackedMatrix:
-    """A weight matrix in panels, see matrix.h. Arrays may be views of a mapped file; they are kept alive here."""
-
-    format: Format
-    n: int  # features out, those that only pad heads or halves included
-    k: int
-    data: NDArray[np.uint8]
-    scale: NDArray[np.float32] | None = None  # [n_pad], I8 only
-    bias: NDArray[np.float32] | None = None  # [n_pad]
-
-    @property
-    def n_pad(self) -> int:
-        return round_up(self.n, PANEL)
-
-    @property
-    def k_pad(self) -> int:
-        return round_up(self.k, DEPTH)
-
-    def struct(self) -> Matrix:
-        return Matrix(
-            format=int(self.format),
-            n=self.n,
-            k=self.k,
-            n_pad=self.n_pad,
-            k_pad=self.k_pad,
-            data=_address(self.data),
-            scale=_address(self.scale),
-            bias=_address(self.bias),
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class PackedLayer:
-    """Norm weights are float32. `qkv` has padded heads; `gate_up` alternates 32 gate and 32 up columns: model.h."""
-
-    input_norm: NDArray[np.float32]
-    q_norm: NDArray[np.float32] | None
-    k_norm: NDArray[np.float32] | None
-    mlp_norm: NDArray[np.float32]
-    qkv: PackedMatrix
-    output: PackedMatrix
-    gate_up: PackedMatrix
-    down: PackedMatrix
-    window: int | None
-
-
-@dataclass(frozen=True, eq=False)
-class PackedModel:
-    """Everything that a step reads besides the KV cache."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    hidden: int
-    intermediate: int
-    vocab: int
-    norm_eps: float
-    scale: float  # of attention scores
-    embedding: (
-        NDArray[np.float32] | NDArray[np.uint16] | None
-    )  # float32 or bfloat16 bits; None: rows of `head`
-    layers: Sequence[PackedLayer]
-    final_norm: NDArray[np.float32]
-    cos: NDArray[np.float32]  # [max_positions, head_dim / 2]
-    sin: NDArray[np.float32]
-    head: PackedMatrix
+STAGES = ("embed", "qkv", "attention", "output", "gate_up", "down", "experts", "head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,17 +93,26 @@ class CpuDecoder:
     """A model, its threads and its scratch memory, bound to one KV cache. One call at a time, but for `progress`."""
 
     def __init__(
-        self, library: Library, pool: ThreadPool, model: PackedModel, kv: KvCache, max_tokens: int
+        self,
+        library: Library,
+        pool: ThreadPool,
+        model: PackedModel,
+        kv: KvCache,
+        max_tokens: int,
+        expert_slots: int | None = None,
     ) -> None:
-        """`max_tokens` bounds the tokens of a step. Raises MemoryError."""
+        """`max_tokens` bounds the tokens of a step. `expert_slots`: see ExpertTable. Raises MemoryError, ValueError."""
         self.library, self.model, self.max_tokens = library, model, max_tokens
         self._pool, self._kv = pool, kv
-        self._struct = _struct(model)  # its arrays are kept alive by `model`
+        sparse = {index: layer.moe for index, layer in enumerate(model.layers) if layer.moe is not None}
+        self.experts = ExpertTable(list(sparse.values()), expert_slots)
+        # Its arrays are kept alive by `model` and `experts`.
+        self._struct = model_struct(model, dict(zip(sparse, self.experts.structs, strict=True)))
         cdll = library.cdll
         cdll.hr_runtime_new.restype = ctypes.c_void_p
         cdll.hr_runtime_new.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
         cdll.hr_runtime_delete.argtypes = [ctypes.c_void_p]
-        cdll.hr_step.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        cdll.hr_step.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
         cdll.hr_step.restype = None
         cdll.hr_progress.argtypes = [ctypes.c_void_p]
         cdll.hr_progress.restype = ctypes.c_int64
@@ -190,10 +125,20 @@ class CpuDecoder:
         self._finalizer = weakref.finalize(self, cdll.hr_runtime_delete, handle)
         self._finalizer.atexit = False  # as the pool's
 
-    def step(self, step: StepArrays, logits: NDArray[np.float32], *, use_tiles: bool = True) -> None:
+    def step(
+        self,
+        step: StepArrays,
+        logits: NDArray[np.float32],
+        *,
+        use_tiles: bool = True,
+        exchange: ExpertExchange | None = None,
+    ) -> None:
         """Write keys and values of the step's tokens, and the logits of its rows into `logits` [R, >= vocab].
 
-        The GIL is not held meanwhile. `use_tiles`: AMX may be used where the library has it.
+        The GIL is not held meanwhile. `use_tiles`: AMX may be used where the library has it. `exchange`: with the ranks
+        that hold the other experts; all of them then make as many steps, of no tokens where they have none. What it
+        raises ends the step and is raised here: keys and values are written up to some layer, and the same step can be
+        made again. Raises MissingExpert where a token's expert is in no slot.
         """
         tokens, rows = len(step.token_ids), len(step.rows)
         if tokens > self.max_tokens:
@@ -214,7 +159,11 @@ class CpuDecoder:
             logits=logits.ctypes.data,
             logits_stride=logits.shape[1],
         )
-        self._run(self._handle, ctypes.byref(given))
+        hook = Hook(exchange)
+        given.exchange = hook.struct
+        result = StepResult()
+        self._run(self._handle, ctypes.byref(given), ctypes.byref(result))
+        check(result, hook)
 
     @property
     def progress(self) -> LayerProgress:
@@ -234,56 +183,3 @@ class CpuDecoder:
         out = (ctypes.c_double * len(STAGES))()
         self.library.cdll.hr_stage_seconds(self._handle, out)
         return dict(zip(STAGES, out, strict=True))
-
-
-def _struct(model: PackedModel) -> Model:
-    layers = (Layer * len(model.layers))(
-        *(
-            Layer(
-                input_norm=_address(layer.input_norm),
-                q_norm=_address(layer.q_norm),
-                k_norm=_address(layer.k_norm),
-                mlp_norm=_address(layer.mlp_norm),
-                qkv=layer.qkv.struct(),
-                output=layer.output.struct(),
-                gate_up=layer.gate_up.struct(),
-                down=layer.down.struct(),
-                window=layer.window or 0,
-            )
-            for layer in model.layers
-        )
-    )
-    if model.embedding is None:
-        kind = EmbeddingKind.HEAD
-    else:
-        kind = EmbeddingKind.F32 if model.embedding.dtype == np.float32 else EmbeddingKind.BF16
-    shape = ModelShape(
-        num_layers=len(model.layers),
-        hidden=model.hidden,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        intermediate=model.intermediate,
-        vocab=model.vocab,
-        max_positions=len(model.cos),
-        norm_eps=model.norm_eps,
-        scale=model.scale,
-        embedding_kind=int(kind),
-    )
-    return Model(
-        shape=shape,
-        embedding=_address(model.embedding),
-        layers=layers,
-        final_norm=_address(model.final_norm),
-        cos=_address(model.cos),
-        sin=_address(model.sin),
-        head=model.head.struct(),
-    )
-
-
-def _address(array: NDArray[np.generic] | None) -> int | None:
-    if array is None:
-        return None
-    if not array.flags.c_contiguous:
-        raise ValueError("the native kernels read contiguous arrays")
-    return array.ctypes.data

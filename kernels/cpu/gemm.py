@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from kernels.cpu.decoder import PackedMatrix
 from kernels.cpu.layout import DEPTH, PANEL, round_up
 from kernels.cpu.library import Library
+from kernels.cpu.packed import PackedMatrix
 from kernels.cpu.structures import Format, Matrix
 
 GROUP = 32  # inputs that share a scale in Q8 and Q4: matrix.h

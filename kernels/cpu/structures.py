@@ -62,6 +62,114 @@ class Matrix(ctypes.Structure):
     )
 
 
+class Scoring(IntEnum):
+    """Of the router's logits: moe.h."""
+
+    SOFTMAX = 0
+    SIGMOID = 1
+    SOFTMAX_AFTER_TOP_K = 2
+
+
+class GroupScore(IntEnum):
+    """Of a group of experts: moe.h."""
+
+    MAX = 0
+    TOP2_SUM = 1
+
+
+class GateKind(IntEnum):
+    """Of an expert's MLP: moe.h."""
+
+    SILU = 0
+    CLAMPED_SWIGLU = 1
+
+
+class Phase(IntEnum):
+    """In which a step asks an exchange with other ranks for something: moe.h."""
+
+    SEND = 0
+    RECEIVE = 1
+    RETURN = 2
+    COLLECT = 3
+
+
+class StepStatus(IntEnum):
+    """How a step ended: moe.h."""
+
+    DONE = 0
+    EXCHANGE_FAILED = 1
+    NO_EXPERT = 2
+
+
+class Routing(ctypes.Structure):
+    _fields_ = (
+        ("num_experts", c_int32),
+        ("top_k", c_int32),
+        ("scoring", c_int32),
+        ("group_score", c_int32),
+        ("num_groups", c_int32),
+        ("top_groups", c_int32),
+        ("normalize", c_int32),
+        ("scale", c_float),
+    )
+
+
+class Gate(ctypes.Structure):
+    _fields_ = (("kind", c_int32), ("alpha", c_float), ("limit", c_float))
+
+
+class Expert(ctypes.Structure):
+    _fields_ = (("gate_up", Matrix), ("down", Matrix))
+
+
+class Moe(ctypes.Structure):
+    _fields_ = (
+        ("routing", Routing),
+        ("gate", Gate),
+        ("num_slots", c_int32),
+        ("shared_gated", c_int32),
+        ("index", c_int32),
+        ("router", Matrix),
+        ("correction_bias", c_void_p),
+        ("like", Expert),
+        ("slots", POINTER(Expert)),
+        ("slot_of", c_void_p),
+        ("shared", POINTER(Expert)),
+        ("expert_counts", c_void_p),
+        ("slot_counts", c_void_p),
+    )
+
+
+class Exchange(ctypes.Structure):
+    _fields_ = (
+        ("layer", c_int32),
+        ("num_rows", c_int32),
+        ("hidden", c_int32),
+        ("top_k", c_int32),
+        ("rows_bf16", c_int32),
+        ("row_stride", c_int32),
+        ("rows", c_void_p),
+        ("experts", c_void_p),
+        ("weights", c_void_p),
+        ("num_received", c_int64),
+        ("received", c_void_p),
+        ("slots", c_void_p),
+        ("outputs", c_void_p),
+        ("returned", c_void_p),
+    )
+
+
+EXCHANGE_CALL = ctypes.CFUNCTYPE(c_int32, c_void_p, c_int32, POINTER(Exchange))
+
+
+class ExchangeHook(ctypes.Structure):
+    _fields_ = (("call", c_void_p), ("context", c_void_p))
+
+
+class StepResult(ctypes.Structure):
+    _fields_ = (("status", c_int32), ("layer", c_int32), ("expert", c_int32))
+
+
 class Layer(ctypes.Structure):
     _fields_ = (
         ("input_norm", c_void_p),
@@ -72,8 +180,9 @@ class Layer(ctypes.Structure):
         ("output", Matrix),
         ("gate_up", Matrix),
         ("down", Matrix),
+        ("moe", POINTER(Moe)),
         ("window", c_int32),
-        ("reserved", c_int32),
+        ("norm_whole", c_int32),
     )
 
 
@@ -134,6 +243,7 @@ class Step(ctypes.Structure):
         ("rows", c_void_p),
         ("logits", c_void_p),
         ("logits_stride", c_int64),
+        ("exchange", ExchangeHook),
     )
 
 

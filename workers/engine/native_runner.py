@@ -10,8 +10,9 @@ import torch
 
 from kernels.cpu import attention
 from kernels.cpu.build import BuildError
-from kernels.cpu.decoder import CpuDecoder, PackedModel, StepArrays, ThreadPool
+from kernels.cpu.decoder import CpuDecoder, StepArrays, ThreadPool
 from kernels.cpu.library import Library, load
+from kernels.cpu.packed import PackedModel
 from kernels.cpu.structures import KvCache, KvType
 from workers.config import EngineConfig
 from workers.engine.backend import kv_layout

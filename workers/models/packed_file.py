@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.cpu.decoder import PackedMatrix
+from kernels.cpu.packed import PackedMatrix
 from kernels.cpu.structures import Format
 from workers.huge_pages import huge_zeros
 

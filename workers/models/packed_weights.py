@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.cpu.decoder import PackedMatrix
 from kernels.cpu.gemm import allocate, pack, pack_grouped
 from kernels.cpu.layout import PANEL
 from kernels.cpu.library import Library
+from kernels.cpu.packed import PackedMatrix
 from kernels.cpu.structures import Format
 from workers.models.cache import made_once
 from workers.models.errors import ModelError

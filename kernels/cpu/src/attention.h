@@ -76,6 +76,9 @@ void merge_partials(const float* const* parts, int num_parts, int head_dim, void
 // rotation by cos, sin [head_dim / 2] (float32; rotate-half: x1' = x1 cos - x2 sin, x2' = x2 cos + x1 sin), in place.
 void norm_rotate(float* head, int head_dim, const float* weight, float eps, const float* cos, const float* sin);
 
+// x [n] in place: x / rms(x) * weight.
+void norm_row(float* x, int n, const float* weight, float eps);
+
 // Store one head's key or value [head_dim] (float32) at a slot = block * block_size + offset of a layer.
 void write_kv(const KvCache& kv, int layer, int k_or_v, int kv_head, int64_t slot, const float* head);
 

@@ -69,4 +69,10 @@ inline int activation_scales(Format format, int k_pad) {  // of `scale` and of `
   return format == Format::I8 ? 1 : format == Format::Q8 || format == Format::Q4 ? k_pad / kGroup : 0;
 }
 
+inline Activations from_row(const Activations& x, int row) {  // the rows from this one on
+  const auto at = static_cast<size_t>(row), scales = at * static_cast<size_t>(activation_scales(x.format, x.k_pad));
+  return {x.format, x.k_pad, static_cast<uint8_t*>(x.data) + at * activation_bytes(x.format, x.k_pad),
+          x.scale == nullptr ? nullptr : x.scale + scales, x.sum == nullptr ? nullptr : x.sum + scales};
+}
+
 }  // namespace hr

@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "matrix.h"
+#include "moe.h"
 
 namespace hr {
 
@@ -16,15 +17,16 @@ inline int padded_head(int head_dim) {
 
 struct Layer {
   const float* input_norm;  // [hidden]
-  const float* q_norm;      // [head_dim] or null
-  const float* k_norm;
+  const float* q_norm;      // [head_dim] or null; norm_whole: [num_heads * head_dim]
+  const float* k_norm;      // the same of the KV heads
   const float* mlp_norm;    // [hidden]
   Matrix qkv;       // query heads, key heads, value heads, each padded_head(head_dim) columns
   Matrix output;    // [hidden, num_heads * head_dim]
   Matrix gate_up;   // each panel: 32 gate columns, then the 32 up columns that belong to them
   Matrix down;      // [hidden, intermediate]
+  const Moe* moe;   // null: dense. Else gate_up and down have no data.
   int32_t window;   // 0: none
-  int32_t reserved;
+  int32_t norm_whole;  // q_norm and k_norm are over all heads together (OLMoE), not over each
 };
 
 enum class EmbeddingKind : int32_t { F32 = 0, BF16 = 1, Head = 2 };  // Head: rows of the packed head
@@ -58,6 +60,7 @@ struct Step {
   const int32_t* rows;         // [num_rows] ascending rows of the step whose logits are wanted
   float* logits;               // [num_rows][logits_stride]
   int64_t logits_stride;       // at least vocab, in floats
+  ExchangeHook exchange;       // with the ranks that hold the other experts; a step may then have no tokens
 };
 
 }  // namespace hr

@@ -4,16 +4,18 @@
 
 namespace hr {
 
-void norm_rotate(float* head, int head_dim, const float* weight, float eps, const float* cos, const float* sin) {
-  if (weight) {
-    Vf squares = zero_f();
-    for (int d = 0; d < head_dim; d += kLanes) {
-      const Vf x = load(head + d);
-      squares = fma(x, x, squares);
-    }
-    const Vf inverse = set1(1.0f / std::sqrt(reduce_add(squares) / static_cast<float>(head_dim) + eps));
-    for (int d = 0; d < head_dim; d += kLanes) store(head + d, load(head + d) * inverse * load(weight + d));
+void norm_row(float* x, int n, const float* weight, float eps) {
+  Vf squares = zero_f();
+  for (int i = 0; i < n; i += kLanes) {
+    const Vf v = load(x + i);
+    squares = fma(v, v, squares);
   }
+  const Vf inverse = set1(1.0f / std::sqrt(reduce_add(squares) / static_cast<float>(n) + eps));
+  for (int i = 0; i < n; i += kLanes) store(x + i, load(x + i) * inverse * load(weight + i));
+}
+
+void norm_rotate(float* head, int head_dim, const float* weight, float eps, const float* cos, const float* sin) {
+  if (weight) norm_row(head, head_dim, weight, eps);
   const int half = head_dim / 2;
   for (int d = 0; d < half; d += kLanes) {
     const int n = half - d < kLanes ? half - d : kLanes;  // half of a head may be 8 more than a multiple of 16

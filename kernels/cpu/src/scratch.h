@@ -54,6 +54,16 @@ struct ActivationBuffer {
         scale(arena.take<float>(static_cast<size_t>(rows) * static_cast<size_t>(k_pad / kGroup))),
         sum(arena.take<float>(static_cast<size_t>(rows) * static_cast<size_t>(k_pad / kGroup))) {}
 
+  // In memory of bytes(k_pad, rows), on a cache line.
+  static ActivationBuffer in(uint8_t* memory, int k_pad, int rows) {
+    const size_t values = static_cast<size_t>(rows) * static_cast<size_t>(k_pad), scales = values / kGroup;
+    ActivationBuffer buffer;
+    buffer.data = memory;
+    buffer.scale = reinterpret_cast<float*>(memory + values * 4);
+    buffer.sum = buffer.scale + scales;
+    return buffer;
+  }
+
   Activations as(const Matrix& w) const { return {w.format, w.k_pad, data, scale, sum}; }
 };
 

@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 
 from kernels.cpu.build import VARIANTS, runs_here
-from kernels.cpu.decoder import PackedMatrix
 from kernels.cpu.gemm import GROUP, Rows, gemm, pack, pack_grouped, prepare_rows
 from kernels.cpu.library import Library, load
+from kernels.cpu.packed import PackedMatrix
 from kernels.cpu.structures import Format
 
 HERE = [name for name, variant in VARIANTS.items() if runs_here(variant)]

@@ -11,10 +11,11 @@ import pytest
 from numpy.typing import NDArray
 
 from kernels.cpu.attention import PagedCache
-from kernels.cpu.decoder import CpuDecoder, PackedLayer, PackedMatrix, PackedModel, StepArrays, ThreadPool
+from kernels.cpu.decoder import CpuDecoder, StepArrays, ThreadPool
 from kernels.cpu.gemm import pack
 from kernels.cpu.layout import gate_up_rows, qkv_rows
 from kernels.cpu.library import Library, load
+from kernels.cpu.packed import PackedLayer, PackedMatrix, PackedModel
 from kernels.cpu.structures import Format, KvType
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, DIM, INTERMEDIATE, VOCAB, POSITIONS = 7, 256, 4, 2, 64, 512, 96, 512

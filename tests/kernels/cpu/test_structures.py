@@ -23,6 +23,13 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "Step": structures.Step,
     "Activations": _Activations,
     "CacheView": structures.CacheView,
+    "Routing": structures.Routing,
+    "Gate": structures.Gate,
+    "Expert": structures.Expert,
+    "Moe": structures.Moe,
+    "Exchange": structures.Exchange,
+    "ExchangeHook": structures.ExchangeHook,
+    "StepResult": structures.StepResult,
 }
 RECORDS: dict[str, np.dtype[np.void]] = {"SamplingParams": PARAMS, "SamplingResult": RESULT}
 ENUMS = (
@@ -31,6 +38,13 @@ ENUMS = (
     structures.EmbeddingKind,
     structures.RowType,
     structures.WireType,
+)
+WORDS = (  # their names are words in C++, not abbreviations
+    structures.Scoring,
+    structures.GroupScore,
+    structures.GateKind,
+    structures.Phase,
+    structures.StepStatus,
 )
 
 
@@ -57,6 +71,10 @@ def _claims() -> Iterator[str]:
     for kind in ENUMS:
         for value in kind:
             name = "Head" if value.name == "HEAD" else value.name
+            yield f"static_cast<int>(hr::{kind.__name__}::{name}) == {int(value)}"
+    for kind in WORDS:
+        for value in kind:
+            name = value.name.title().replace("_", "")
             yield f"static_cast<int>(hr::{kind.__name__}::{name}) == {int(value)}"
 
 

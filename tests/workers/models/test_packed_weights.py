@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from kernels.cpu.build import BuildError
-from kernels.cpu.decoder import PackedMatrix
 from kernels.cpu.library import Library, load
+from kernels.cpu.packed import PackedMatrix
 from kernels.cpu.structures import Format
 from workers.models import packed_weights
 from workers.models.errors import ModelError
