@@ -58,8 +58,14 @@ class AttentionPlan:
     """One step's attention, prepared for all layers."""
 
     def __init__(self, batch: AttentionBatch, kv_cache: Tensor, scratch: Scratch | None = None) -> None:
-        """`kv_cache` must be contiguous and stay in place while the plan is used."""
-        _, self._num_layers, _, self._num_kv_heads, self._block_size, self._head_dim = kv_cache.shape
+        """`kv_cache` must be contiguous and stay in place while the plan is used.
+
+        [num_blocks, num_layers, planes, num_kv_heads, block_size, head_dim]: planes of keys and of values, or one plane
+        whose rows are both.
+        """
+        _, self._num_layers, self._planes, self._num_kv_heads, self._block_size, self._head_dim = (
+            kv_cache.shape
+        )
         self._batch = batch
         self._token_rows = kv_cache.view(-1, self._head_dim)
         self._block_rows = kv_cache.view(-1, self._block_size * self._head_dim)
@@ -67,41 +73,53 @@ class AttentionPlan:
         self._parts: dict[int | None, list[_DecodeGroup | _Chunk]] = {}  # by window
         # Row of (slot, k|v, head) in layer 0's view; a layer's view starts further down by a constant.
         block, offset = batch.slots // self._block_size, batch.slots % self._block_size
-        head_rows = self._first_rows(block)[:, :, None] * self._block_size  # [2, T, 1]
+        head_rows = self._first_rows(block)[:, :, None] * self._block_size  # [planes, T, 1]
         heads = torch.arange(self._num_kv_heads, device=block.device) * self._block_size
         self._write_rows = (head_rows + heads + offset[:, None]).view(-1)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store this step's k, v [T, num_kv_heads, D] of one layer at the batch's slots."""
-        rows = self._token_rows[layer * 2 * self._num_kv_heads * self._block_size :]
-        rows.index_copy_(0, self._write_rows, torch.stack((k, v)).view(-1, self._head_dim))
+        self._write(layer, torch.stack((k, v)))
 
-    def attend(self, q: Tensor, layer: int, scale: float, window: int | None) -> Tensor:
+    def write_latents(self, layer: int, rows: Tensor) -> None:
+        """Store this step's rows [T, D] of one layer, keys and values in one, at the batch's slots."""
+        self._write(layer, rows)
+
+    def _write(self, layer: int, values: Tensor) -> None:
+        rows = self._token_rows[layer * self._planes * self._num_kv_heads * self._block_size :]
+        rows.index_copy_(0, self._write_rows, values.view(-1, self._head_dim))
+
+    def attend(
+        self, q: Tensor, layer: int, scale: float, window: int | None, sinks: Tensor | None = None
+    ) -> Tensor:
         """q [T, num_heads, D] -> [T, num_heads, D]. Keys and values of this step must have been written.
 
         Causal; with a `window` a token sees the last `window` positions, its own included. `num_heads` is a multiple
-        of num_kv_heads: consecutive query heads share a KV head.
+        of num_kv_heads: consecutive query heads share a KV head. `sinks` [num_heads]: a score that takes part in the
+        softmax of every query of its head and has no value.
         """
         parts = self._parts.get(window)
         if parts is None:
             parts = self._parts[window] = self._divide(window, q)
-        rows = self._block_rows[layer * 2 * self._num_kv_heads :]
+        rows = self._block_rows[layer * self._planes * self._num_kv_heads :]
+        if sinks is not None:
+            sinks = sinks.view(self._num_kv_heads, -1)
         if len(parts) == 1 and parts[0].covers_all:
-            return parts[0].attend(q, rows, self._scratch, scale)
+            return parts[0].attend(q, rows, self._scratch, scale, sinks)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for part in parts:
-            part.attend_into(out, q, rows, self._scratch, scale)
+            part.attend_into(out, q, rows, self._scratch, scale, sinks)
         return out
 
     def _first_rows(self, blocks: Tensor) -> Tensor:
-        """Index in layer 0's [.., block_size * D] rows of (k|v, blocks[i], head 0): [2, n]."""
-        kv = torch.arange(2, device=blocks.device) * self._num_kv_heads
-        return kv[:, None] + blocks * (self._num_layers * 2 * self._num_kv_heads)
+        """Index in layer 0's [.., block_size * D] rows of (plane, blocks[i], head 0): [planes, n]."""
+        planes = torch.arange(self._planes, device=blocks.device) * self._num_kv_heads
+        return planes[:, None] + blocks * (self._num_layers * self._planes * self._num_kv_heads)
 
     def _gather_rows(self, tables: Tensor) -> Tensor:
-        """Index of the rows that bring block tables [S, W] into [2, S, num_kv_heads, W] order, flattened."""
+        """Index of the rows that bring block tables [S, W] into [planes, S, num_kv_heads, W] order, flattened."""
         seqs, width = tables.shape
-        first = self._first_rows(tables.reshape(-1)).view(2, seqs, 1, width)
+        first = self._first_rows(tables.reshape(-1)).view(self._planes, seqs, 1, width)
         heads = torch.arange(self._num_kv_heads, device=tables.device)
         return (first + heads[:, None]).view(-1)
 
@@ -168,7 +186,7 @@ class _DecodeGroup:
         device = tables.device
         self.covers_all = len(group) == q.shape[0]
         self._rows = torch.tensor([item.row for item in group], device=device)
-        self._num_kv_heads, self._head_dim = heads, plan._head_dim
+        self._planes, self._num_kv_heads = plan._planes, heads
         width = max(item.num_blocks for item in group)
         columns = torch.tensor([item.first_block for item in group], device=device)[:, None]
         columns = (columns + torch.arange(width, device=device)).clamp_(max=tables.shape[1] - 1)
@@ -185,19 +203,40 @@ class _DecodeGroup:
         mask = torch.zeros(hidden.shape, dtype=q.dtype, device=device).masked_fill_(hidden, -torch.inf)
         self._mask = mask[:, None, None].expand(-1, heads, -1, -1).reshape(-1, 1, self._keys)
 
-    def attend(self, q: Tensor, block_rows: Tensor, scratch: Scratch, scale: float) -> Tensor:
-        """Of queries [S, num_heads, D], one for each sequence of the group."""
+    def attend(
+        self, q: Tensor, block_rows: Tensor, scratch: Scratch, scale: float, sinks: Tensor | None
+    ) -> Tensor:
+        """Of queries [S, num_heads, D], one for each sequence of the group; sinks [num_kv_heads, group]."""
         seqs, num_heads, dim = q.shape
         pairs = seqs * self._num_kv_heads
-        gathered = scratch.take(2 * pairs * self._keys * dim, q).view(self._gather.shape[0], -1)
+        gathered = scratch.take(self._planes * pairs * self._keys * dim, q).view(self._gather.shape[0], -1)
         torch.index_select(block_rows, 0, self._gather, out=gathered)
-        k, v = gathered.view(2, pairs, self._keys, dim)
+        planes = gathered.view(self._planes, pairs, self._keys, dim)
+        k, v = planes[0], planes[-1]
         grouped = q.reshape(pairs, num_heads // self._num_kv_heads, dim)
         scores = torch.baddbmm(self._mask, grouped, k.transpose(1, 2), alpha=scale)
-        return torch.bmm(scores.softmax(-1), v).view(seqs, num_heads, dim)
+        if sinks is not None:
+            sinks = sinks.expand(seqs, -1, -1).reshape(pairs, -1)
+        return torch.bmm(_softmax(scores, sinks), v).view(seqs, num_heads, dim)
 
-    def attend_into(self, out: Tensor, q: Tensor, block_rows: Tensor, scratch: Scratch, scale: float) -> None:
-        out.index_copy_(0, self._rows, self.attend(q.index_select(0, self._rows), block_rows, scratch, scale))
+    def attend_into(
+        self,
+        out: Tensor,
+        q: Tensor,
+        block_rows: Tensor,
+        scratch: Scratch,
+        scale: float,
+        sinks: Tensor | None,
+    ) -> None:
+        own = self.attend(q.index_select(0, self._rows), block_rows, scratch, scale, sinks)
+        out.index_copy_(0, self._rows, own)
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Over the last dimension of [..., keys]; with `sinks` [...] as one more key, whose share is then left out."""
+    if sinks is None:
+        return scores.softmax(-1)
+    return torch.cat((scores, sinks.unsqueeze(-1)), -1).softmax(-1)[..., :-1]
 
 
 @dataclass(frozen=True)
@@ -246,21 +285,32 @@ class _Chunk:
         self, plan: AttentionPlan, start: int, end: int, gather: Tensor, tiles: list[_Tile], q: Tensor
     ) -> None:
         self._start, self._end, self._gather, self._tiles = start, end, gather, tiles
-        self._num_kv_heads = plan._num_kv_heads
+        self._planes, self._num_kv_heads = plan._planes, plan._num_kv_heads
         self._no_bias = torch.zeros((1, 1, 1), dtype=q.dtype, device=q.device)
 
-    def attend(self, q: Tensor, block_rows: Tensor, scratch: Scratch, scale: float) -> Tensor:
+    def attend(
+        self, q: Tensor, block_rows: Tensor, scratch: Scratch, scale: float, sinks: Tensor | None
+    ) -> Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        self.attend_into(out, q, block_rows, scratch, scale)
+        self.attend_into(out, q, block_rows, scratch, scale, sinks)
         return out
 
-    def attend_into(self, out: Tensor, q: Tensor, block_rows: Tensor, scratch: Scratch, scale: float) -> None:
+    def attend_into(
+        self,
+        out: Tensor,
+        q: Tensor,
+        block_rows: Tensor,
+        scratch: Scratch,
+        scale: float,
+        sinks: Tensor | None,
+    ) -> None:
         heads, (_, num_heads, dim) = self._num_kv_heads, q.shape
         group = num_heads // heads
         gathered = scratch.take(self._gather.shape[0] * block_rows.shape[1], q)
         gathered = gathered.view(self._gather.shape[0], -1)
         torch.index_select(block_rows, 0, self._gather, out=gathered)
-        k, v = gathered.view(2, heads, -1, dim)
+        planes = gathered.view(self._planes, heads, -1, dim)
+        k, v = planes[0], planes[-1]
         # [heads, tokens * group, D]: the rows of one tile stay together under every KV head
         queries = q[self._start : self._end].reshape(-1, heads, group * dim).transpose(0, 1)
         queries = queries.reshape(heads, -1, dim)
@@ -274,17 +324,26 @@ class _Chunk:
                 by_token[..., -n:] += tile.causal
             if tile.expired is not None:
                 by_token[..., :n] += tile.expired
-            seen = torch.bmm(scores.softmax(-1), v[:, tile.first : tile.last])
+            tile_sinks = (
+                None if sinks is None else sinks.repeat(1, n)
+            )  # as the rows: tokens, then a token's heads
+            seen = torch.bmm(_softmax(scores, tile_sinks), v[:, tile.first : tile.last])
             target = out[self._start + tile.start : self._start + tile.end].view(n, heads, group * dim)
             target.copy_(seen.view(heads, n, group * dim).transpose(0, 1))
 
 
 def paged_attention(
-    q: Tensor, kv_cache: Tensor, layer: int, batch: AttentionBatch, scale: float, window: int | None
+    q: Tensor,
+    kv_cache: Tensor,
+    layer: int,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """One layer's attention without a prepared plan: q [T, num_heads, D] -> [T, num_heads, D].
 
     Causal, grouped-query; with a `window` a token sees the last `window` positions, its own included. This step's
     keys and values must be in the cache. A model builds one `AttentionPlan` per step instead.
     """
-    return AttentionPlan(batch, kv_cache).attend(q, layer, scale, window)
+    return AttentionPlan(batch, kv_cache).attend(q, layer, scale, window, sinks)

@@ -6,42 +6,57 @@ Token ids in, hidden states and logits out. A layer is built with the callables 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.reference import AttentionBatch, AttentionPlan, Scratch, rms_norm, rope_rotate, silu_mul
+from kernels.reference import AttentionBatch, AttentionPlan, Scratch, rms_norm
+from workers.models.attention_layer import AttentionLayer, GroupedAttentionLayer
 from workers.models.checkpoint import read_json
 from workers.models.head import Head
-from workers.models.linear import make_linear
+from workers.models.layer_weights import LatentAttention, SparseMlp
+from workers.models.mla import LatentAttentionLayer
+from workers.models.moe import DenseMlp, LocalExperts, MakeExperts, SparseLayer, local_experts
 from workers.models.rope import RopeTable
 from workers.models.spec import DecoderSpec
 from workers.models.weights import DecoderWeights, LayerWeights, load_weights
 
+MlpLayer = Callable[[Tensor], Tensor]  # [T, hidden], normed -> [T, hidden], float32 where it sums experts
+
 
 def load_decoder(
-    path: Path, dtype: torch.dtype, device: torch.device, max_positions: int | None = None
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_positions: int | None = None,
+    make_experts: MakeExperts = local_experts,
 ) -> Decoder:
     """Read a model directory (config.json + safetensors). Raises ModelError."""
     spec = DecoderSpec.from_config(read_json(path / "config.json"))
-    return Decoder(spec, load_weights(path, spec, dtype, device), max_positions)
+    return Decoder(spec, load_weights(path, spec, dtype, device), max_positions, make_experts)
 
 
 class Decoder:
     """The model's weights and its forward pass. The KV cache belongs to the caller. Not thread-safe."""
 
-    def __init__(self, spec: DecoderSpec, weights: DecoderWeights, max_positions: int | None = None) -> None:
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        weights: DecoderWeights,
+        max_positions: int | None = None,
+        make_experts: MakeExperts = local_experts,
+    ) -> None:
         """`max_positions` in tokens bounds the positions; None: the model's own. Reads `weights.layers` once."""
         self.spec = spec
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
         self.max_positions = max_positions or spec.max_position
         self._embedding = weights.embedding
-        self._rope = RopeTable(spec.rope, spec.head_dim, self.max_positions, self.dtype, self.device)
-        self._layers = [_Layer(spec, index, layer) for index, layer in enumerate(weights.layers)]
+        self._rope = RopeTable(spec.rope, spec.rope_dim, self.max_positions, self.dtype, self.device)
+        self._layers = _layers(spec, weights.layers, make_experts)
         self._final_norm = weights.final_norm.float()
         self._head = Head(weights.head)
         self._scratch = Scratch()
@@ -49,7 +64,7 @@ class Decoder:
     def new_kv_cache(self, num_blocks: int, block_size: int, pages: Tensor | None = None) -> Tensor:
         """A zeroed cache in canonical layout, see `kernels.reference`; in `pages`, uint8 zeros, when given."""
         spec = self.spec
-        shape = (num_blocks, spec.num_layers, 2, spec.num_kv_heads, block_size, spec.head_dim)
+        shape = (num_blocks, spec.num_layers, spec.kv_planes, spec.num_kv_heads, block_size, spec.head_dim)
         if pages is not None:
             return pages.view(self.dtype).view(shape)
         return _zeros(shape, self.dtype, self.device)
@@ -82,53 +97,58 @@ class Decoder:
         """[R, hidden] after the final norm -> float32 [R, vocab]."""
         return self._head(hidden)
 
+    def expert_counts(self) -> Tensor:
+        """How many tokens each expert was given so far: int64 [layers with experts, experts].
 
-HeadsNorm = Callable[[Tensor], Tensor]  # [T, num_heads + num_kv_heads, head_dim] -> the same
+        Of the last layer those count that went on to the head. Rows of experts that are not all here are left out:
+        who made them counts.
+        """
+        experts = [layer.mlp.experts for layer in self._layers if isinstance(layer.mlp, SparseLayer)]
+        counts = [one.counts for one in experts if isinstance(one, LocalExperts)]
+        return torch.stack(counts) if counts else torch.zeros((0, 0), dtype=torch.int64)
 
 
 class _Layer:
-    def __init__(self, spec: DecoderSpec, index: int, weights: LayerWeights) -> None:
-        self._index = index
+    def __init__(
+        self, spec: DecoderSpec, weights: LayerWeights, attention: AttentionLayer, mlp: MlpLayer
+    ) -> None:
+        self.mlp = mlp
+        self._attention = attention
         self._eps = spec.norm_eps
-        self._scale = spec.scale
-        self._window = spec.windows[index]
-        self._num_heads, self._num_kv_heads, self._head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        self._dtype = weights.qkv.dtype
         self._input_norm, self._mlp_norm = weights.input_norm.float(), weights.mlp_norm.float()
-        self._qkv = make_linear(weights.qkv, weights.qkv_bias)
-        self._output = make_linear(weights.output, weights.output_bias)
-        self._gate_up = make_linear(weights.gate_up, weights.gate_up_bias)
-        self._down = make_linear(weights.down, weights.down_bias)
-        self._heads_norm = _heads_norm(spec, weights)
+        self._dtype = weights.input_norm.dtype
 
     def __call__(
         self, x: Tensor, cos: Tensor, signed_sin: Tensor, attention: AttentionPlan, rows: Tensor | None
     ) -> Tensor:
-        """x [T, hidden] -> [T, hidden], or the given rows of it."""
-        qkv = self._qkv(self._normed(x, self._input_norm)).view(x.shape[0], -1, self._head_dim)
-        qk, v = qkv[:, : -self._num_kv_heads], qkv[:, -self._num_kv_heads :]
-        qk = rope_rotate(self._heads_norm(qk), cos, signed_sin)
-        attention.write(self._index, qk[:, self._num_heads :], v)
-        seen = attention.attend(qk[:, : self._num_heads], self._index, self._scale, self._window)
+        """x float32 [T, hidden] -> [T, hidden], or the given rows of it."""
+        seen = self._attention.attend(self._normed(x, self._input_norm), cos, signed_sin, attention)
         if rows is not None:
             x, seen = x.index_select(0, rows), seen.index_select(0, rows)
-        x = x + self._output(seen.flatten(1))
-        return x + self._down(silu_mul(self._gate_up(self._normed(x, self._mlp_norm))))
+        x = x + self._attention.output(seen)
+        return x + self.mlp(self._normed(x, self._mlp_norm))
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self._eps).to(self._dtype)
 
 
-def _heads_norm(spec: DecoderSpec, weights: LayerWeights) -> HeadsNorm:
-    if weights.q_norm is None or weights.k_norm is None:
-        return _unchanged
-    q, k = weights.q_norm.expand(spec.num_heads, -1), weights.k_norm.expand(spec.num_kv_heads, -1)
-    both = torch.cat((q, k))  # [num_heads + num_kv_heads, head_dim]: one norm over all heads
-    return lambda heads: rms_norm(heads, both, spec.norm_eps)
-
-
-def _unchanged(heads: Tensor) -> Tensor:
-    return heads
+def _layers(spec: DecoderSpec, weights: Iterable[LayerWeights], make_experts: MakeExperts) -> list[_Layer]:
+    layers, sparse = [], 0
+    for index, layer in enumerate(weights):
+        attention: AttentionLayer
+        if isinstance(layer.attention, LatentAttention):
+            attention = LatentAttentionLayer(spec, index, layer.attention)
+        else:
+            attention = GroupedAttentionLayer(spec, index, layer.attention)
+        mlp: MlpLayer
+        if isinstance(layer.mlp, SparseMlp):
+            assert spec.moe is not None, f"layer {index} of {spec.architecture} has experts"
+            mlp = SparseLayer(spec.moe, layer.mlp, make_experts(sparse, spec, layer.mlp))
+            sparse += 1
+        else:
+            mlp = DenseMlp(layer.mlp)
+        layers.append(_Layer(spec, layer, attention, mlp))
+    return layers
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels.cpu.decoder import PackedLayer, PackedModel
 from kernels.cpu.layout import gate_up_rows, qkv_rows
 from kernels.cpu.library import Library
+from kernels.cpu.decoder import PackedLayer, PackedModel
 from kernels.cpu.structures import Format
 from workers.models.cache import default_cache_dir
 from workers.models.catalog import PreparedModel
+from workers.models.layer_weights import GroupedAttention, Mlp
 from workers.models.packed_file import Memory, PackedFile
 from workers.models.packed_weights import PackKey, ToPack, load_packed
 from workers.models.rope import inverse_frequencies
@@ -69,14 +70,17 @@ def _entries(source: WeightSource, spec: DecoderSpec) -> Iterator[ToPack]:
     for index, layer in enumerate(source.layers()):
         prefix = f"{index}."
         yield ToPack(prefix + "input_norm", layer.input_norm, plain=True)
-        yield ToPack(prefix + "qkv", layer.qkv, heads, layer.qkv_bias)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            yield ToPack(prefix + "q_norm", layer.q_norm, plain=True)
-            yield ToPack(prefix + "k_norm", layer.k_norm, plain=True)
-        yield ToPack(prefix + "output", layer.output, None, layer.output_bias)
+        attention, mlp = layer.attention, layer.mlp
+        assert isinstance(attention, GroupedAttention), "latent attention is not native"
+        assert isinstance(mlp, Mlp), "experts are not native"
+        yield ToPack(prefix + "qkv", attention.qkv, heads, attention.qkv_bias)
+        if attention.q_norm is not None and attention.k_norm is not None:
+            yield ToPack(prefix + "q_norm", attention.q_norm, plain=True)
+            yield ToPack(prefix + "k_norm", attention.k_norm, plain=True)
+        yield ToPack(prefix + "output", attention.output, None, attention.output_bias)
         yield ToPack(prefix + "mlp_norm", layer.mlp_norm, plain=True)
-        yield ToPack(prefix + "gate_up", layer.gate_up, halves, layer.gate_up_bias)
-        yield ToPack(prefix + "down", layer.down, None, layer.down_bias)
+        yield ToPack(prefix + "gate_up", mlp.gate_up, halves, mlp.gate_up_bias)
+        yield ToPack(prefix + "down", mlp.down, None, mlp.down_bias)
     yield ToPack("final_norm", source.final_norm(), plain=True)
     yield ToPack("head", source.head())
 

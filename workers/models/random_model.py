@@ -18,11 +18,54 @@ from workers.models.tensor_shapes import expected_shapes
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+_LATENT = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "head_dim": 8,
+}
 _FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"architectures": ["LlamaForCausalLM"]},
     "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 32},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"]},
+    "mixtral": {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "intermediate_size": 32},
+    "qwen2_moe": {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        **_EXPERTS,
+        "shared_expert_intermediate_size": 48,
+        "norm_topk_prob": False,
+    },
+    "qwen3_moe": {"architectures": ["Qwen3MoeForCausalLM"], **_EXPERTS, "norm_topk_prob": True},
+    "olmoe": {"architectures": ["OlmoeForCausalLM"], **_EXPERTS, "intermediate_size": 32},
+    "deepseek_v2": {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        **_LATENT,
+        "q_lora_rank": None,
+        "topk_method": "greedy",
+    },
+    "deepseek_v3": {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        **_LATENT,
+        "q_lora_rank": 32,
+        "n_group": 4,
+        "topk_group": 2,
+    },
+    "gpt_oss": {
+        "architectures": ["GptOssForCausalLM"],
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 32,
+        "sliding_window": 9,
+    },
 }
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -44,8 +87,9 @@ def write_random_model(
 ) -> Path:
     """Write a model directory into `path`, made if absent, and return it.
 
-    config: a family ("llama", "mistral", "qwen2", "qwen3") or keys of config.json over the defaults: llama, 2 layers,
-    hidden 64, 4 query and 2 KV heads of 16, the tokenizer's vocabulary. tokenizer_from: a model directory whose
+    config: a family ("llama", "mistral", "qwen2", "qwen3"; with experts "mixtral", "qwen2_moe", "qwen3_moe", "olmoe",
+    "deepseek_v2", "deepseek_v3", "gpt_oss") or keys of config.json over the defaults: llama, 2 layers, hidden 64, 4 query
+    and 2 KV heads of 16, 8 experts where there are any, the tokenizer's vocabulary. tokenizer_from: a model directory whose
     tokenizer is copied; without one, a byte-level tokenizer of 259 tokens with a ChatML template is made. Equal
     arguments give equal weights (float32). Raises ModelError for a config the decoder does not support.
     """
@@ -83,7 +127,7 @@ def write_random_model(
 
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     noise = torch.randn(shape, generator=generator)
-    if name.endswith(".bias"):
+    if name.endswith(("bias", "sinks")):
         return noise * _BIAS_STD
     if len(shape) == 1:  # a norm
         return 1 + noise * _NORM_STD

@@ -6,10 +6,10 @@ is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,37 +17,19 @@ from torch import Tensor
 
 from workers.models.checkpoint import TensorHeader, read_headers, read_json
 from workers.models.errors import ModelError
+from workers.models.expert_form import expert_form
 from workers.models.gguf_blocks import GgufBlocks
+from workers.models.layer_weights import GroupedAttention, LatentAttention, Layer, Mlp, SparseMlp
 from workers.models.quantize import quantize_channels, quantize_q4, quantize_q8
 from workers.models.quantized import GROUP, ChannelWeight, GroupedWeight, Quantized, concat_rows, same_form
 from workers.models.scheme import FLOATS, Scheme
-from workers.models.spec import DecoderSpec
+from workers.models.spec import DecoderSpec, MlaSpec, MoeSpec
 from workers.models.stored_form import StoredForm, stored_form
 from workers.models.tensor_shapes import EMBEDDING, HEAD, expected_shapes
 
 Matrix = Tensor | GroupedWeight | ChannelWeight  # [out, in]
 
 _FLOAT_DTYPES = {"F16", "BF16", "F32", "F64"}
-
-M = TypeVar("M")
-
-
-@dataclass(frozen=True)
-class Layer(Generic[M]):
-    """One layer; M is the type of its matrices, [out, in]. Biases are [out]."""
-
-    input_norm: Tensor  # [hidden]
-    qkv: M  # [(num_heads + 2 * num_kv_heads) * head_dim, hidden]
-    qkv_bias: Tensor | None
-    q_norm: Tensor | None  # [head_dim]
-    k_norm: Tensor | None
-    output: M  # [hidden, num_heads * head_dim]
-    output_bias: Tensor | None
-    mlp_norm: Tensor  # [hidden]
-    gate_up: M  # [2 * intermediate, hidden]
-    gate_up_bias: Tensor | None
-    down: M  # [hidden, intermediate]
-    down_bias: Tensor | None
 
 
 class WeightSource:
@@ -57,7 +39,8 @@ class WeightSource:
         """Raises ModelError naming the missing, unexpected or wrongly shaped tensors."""
         self.spec, self.scheme = spec, scheme
         self._headers = read_headers(path)
-        self._shapes = expected_shapes(spec)
+        self._experts = expert_form(spec, self._headers)
+        self._shapes = expected_shapes(spec, self._experts)
         self._form = stored_form(read_json(path / "config.json"))
         self._quantized = _quantized_modules(self._headers, self._shapes, self._form)
         _check(self._headers, spec, self._shapes, self._quantized, self._form)
@@ -71,7 +54,28 @@ class WeightSource:
 
     def layers(self) -> Iterator[Layer[Matrix]]:
         for layer in range(self.spec.num_layers):
-            yield self._layer(f"model.layers.{layer}.")
+            yield self._layer(layer)
+
+    def expert(self, layer: int, logical: int) -> Mlp[Matrix]:
+        """One routed expert of the model's layer `layer`, from any thread; nothing else is read."""
+        moe, form = self.spec.sparse(layer), self._experts
+        if moe is None or not 0 <= logical < moe.num_experts:
+            held = "no experts" if moe is None else f"experts 0 to {moe.num_experts - 1}"
+            raise ModelError(f"layer {layer} has {held}; asked for was expert {logical}")
+        prefix = f"model.layers.{layer}.{form.block}.experts."
+        if form.storage == "each":
+            names = (form.gate, form.up, form.down)
+            gate, up, down = (f"{prefix}{logical}.{name}" for name in names)
+            return Mlp(self._matrix(gate, up), None, self._matrix(down), None)
+        gate_up, down_part = (self._part(prefix + name, logical) for name in ("gate_up_proj", "down_proj"))
+        if form.storage == "fused":
+            return Mlp(self._in_scheme([gate_up]), None, self._in_scheme([down_part]), None)
+        return Mlp(
+            self._in_scheme([_gate_first(gate_up.T)]),
+            _gate_first(self._part(prefix + "gate_up_proj_bias", logical)),
+            self._in_scheme([down_part.T.contiguous()]),
+            self._part(prefix + "down_proj_bias", logical),
+        )
 
     def final_norm(self) -> Tensor:
         """[hidden]."""
@@ -81,24 +85,63 @@ class WeightSource:
         """[vocab, hidden]."""
         return self._matrix(EMBEDDING if self.spec.tied_embeddings else HEAD, head=True)
 
-    def _layer(self, prefix: str) -> Layer[Matrix]:
-        spec = self.spec
-        attention, mlp = prefix + "self_attn.", prefix + "mlp."
-        qkv = [attention + f"{part}_proj" for part in "qkv"]
-        gate_up = [mlp + "gate_proj", mlp + "up_proj"]
+    def _layer(self, index: int) -> Layer[Matrix]:
+        spec, prefix = self.spec, f"model.layers.{index}."
+        moe = spec.sparse(index)
+        attention = prefix + "self_attn."
         return Layer(
             input_norm=self._tensor(prefix + "input_layernorm.weight"),
+            attention=self._grouped(attention) if spec.mla is None else self._latent(attention, spec.mla),
+            mlp_norm=self._tensor(prefix + "post_attention_layernorm.weight"),
+            mlp=self._mlp(prefix + "mlp.", spec.mlp_bias) if moe is None else self._sparse(index, moe),
+        )
+
+    def _grouped(self, prefix: str) -> GroupedAttention[Matrix]:
+        spec = self.spec
+        qkv = [prefix + f"{part}_proj" for part in "qkv"]
+        return GroupedAttention(
             qkv=self._matrix(*qkv),
             qkv_bias=self._bias(*qkv) if spec.qkv_bias else None,
-            q_norm=self._tensor(attention + "q_norm.weight") if spec.qk_norm else None,
-            k_norm=self._tensor(attention + "k_norm.weight") if spec.qk_norm else None,
-            output=self._matrix(attention + "o_proj"),
-            output_bias=self._bias(attention + "o_proj") if spec.output_bias else None,
-            mlp_norm=self._tensor(prefix + "post_attention_layernorm.weight"),
+            q_norm=self._tensor(prefix + "q_norm.weight") if spec.qk_norm else None,
+            k_norm=self._tensor(prefix + "k_norm.weight") if spec.qk_norm else None,
+            sinks=self._tensor(prefix + "sinks") if spec.sinks else None,
+            output=self._matrix(prefix + "o_proj"),
+            output_bias=self._bias(prefix + "o_proj") if spec.output_bias else None,
+        )
+
+    def _latent(self, prefix: str, mla: MlaSpec) -> LatentAttention[Matrix]:
+        whole = mla.q_lora_rank is None
+        return LatentAttention(
+            down=self._matrix(prefix + ("q_proj" if whole else "q_a_proj"), prefix + "kv_a_proj_with_mqa"),
+            q_norm=None if whole else self._tensor(prefix + "q_a_layernorm.weight"),
+            q_up=None if whole else self._matrix(prefix + "q_b_proj"),
+            kv_norm=self._tensor(prefix + "kv_a_layernorm.weight"),
+            kv_up=self._matrix(prefix + "kv_b_proj"),
+            output=self._matrix(prefix + "o_proj"),
+        )
+
+    def _mlp(self, prefix: str, bias: bool = False) -> Mlp[Matrix]:
+        gate_up = [prefix + "gate_proj", prefix + "up_proj"]
+        return Mlp(
             gate_up=self._matrix(*gate_up),
-            gate_up_bias=self._bias(*gate_up) if spec.mlp_bias else None,
-            down=self._matrix(mlp + "down_proj"),
-            down_bias=self._bias(mlp + "down_proj") if spec.mlp_bias else None,
+            gate_up_bias=self._bias(*gate_up) if bias else None,
+            down=self._matrix(prefix + "down_proj"),
+            down_bias=self._bias(prefix + "down_proj") if bias else None,
+        )
+
+    def _sparse(self, index: int, moe: MoeSpec) -> SparseMlp[Matrix]:
+        prefix = f"model.layers.{index}.{self._experts.block}."
+        router, shared = prefix + self._experts.router, prefix + self._experts.shared
+        return SparseMlp(
+            # A quantized router would choose other experts; the few formats that have one are widened.
+            router=to_float(self._stored(router)),
+            router_bias=self._tensor(router + ".bias") if moe.router_bias else None,
+            correction_bias=self._tensor(router + ".e_score_correction_bias")
+            if moe.correction_bias
+            else None,
+            shared=self._mlp(shared + ".") if moe.shared_intermediate_size else None,
+            shared_gate=to_float(self._stored(shared + "_gate")) if moe.shared_gate else None,
+            expert=partial(self.expert, index),
         )
 
     def _bias(self, *modules: str) -> Tensor:
@@ -106,7 +149,13 @@ class WeightSource:
 
     def _matrix(self, *modules: str, head: bool = False) -> Matrix:
         """`modules` below each other, in the form of the scheme."""
-        parts = [self._stored(module) for module in modules]
+        # Of a GGUF type that the kernels do not hold (Q6_K, say).
+        was_quantized = self._blocks is not None and any(
+            self._blocks.was_quantized(module + ".weight") for module in modules
+        )
+        return self._in_scheme([self._stored(module) for module in modules], head, was_quantized)
+
+    def _in_scheme(self, parts: list[Matrix], head: bool = False, was_quantized: bool = False) -> Matrix:
         if self.scheme.name == "none":
             return _floats(parts)
         if self.scheme.name == "int8":
@@ -123,11 +172,8 @@ class WeightSource:
             return (quantize_q8 if head else quantize_q4)(_floats(parts))
         if same_form(parts):
             return _stacked(parts)
-        # Fused of different forms, or of a GGUF type that the kernels do not hold (Q6_K, say): eight bits are as good
-        # as what was stored.
-        was_quantized = any(not isinstance(part, Tensor) for part in parts) or (
-            self._blocks is not None and any(self._blocks.was_quantized(m + ".weight") for m in modules)
-        )
+        # Fused of different forms, or of one that the kernels do not hold: eight bits are as good as what was stored.
+        was_quantized = was_quantized or any(not isinstance(part, Tensor) for part in parts)
         return (
             quantize_q8(_floats(parts)) if was_quantized and not parts[0].shape[1] % GROUP else _floats(parts)
         )
@@ -147,14 +193,26 @@ class WeightSource:
         return self._tensor(name) if name in self._headers and not own_bias else None
 
     def _tensor(self, name: str) -> Tensor:
+        return self._read(name, lambda file: file.get_tensor(name))
+
+    def _part(self, name: str, index: int) -> Tensor:
+        """One of the matrices or vectors that tensor `name` holds, and no byte of the others."""
+        return self._read(name, lambda file: file.get_slice(name)[index])
+
+    def _read(self, name: str, read: Callable[[Any], Any]) -> Tensor:
         file = self._headers[name].file
         try:
             if file not in self._open:
                 self._open[file] = safe_open(file, framework="pt")
-            value: Tensor = self._open[file].get_tensor(name)
+            value: Tensor = read(self._open[file])
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file}: {name} cannot be read ({error}); fetch the model again") from error
         return value
+
+
+def _gate_first(rows: Tensor) -> Tensor:
+    """From interleaved rows of gate and up."""
+    return torch.cat((rows[0::2], rows[1::2]))
 
 
 def to_float(matrix: Matrix) -> Tensor:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from workers.models.layer_weights import Layer
 from workers.models.scheme import FLOATS, Scheme
 from workers.models.spec import DecoderSpec
-from workers.models.weight_source import Layer, Matrix, WeightSource, to_float
+from workers.models.weight_source import Matrix, WeightSource, to_float
 
 LayerWeights = Layer[Tensor]
 
@@ -52,12 +54,24 @@ class _Place:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
 
-    def __call__(self, matrix: Matrix) -> Tensor:
+    def __call__(self, matrix: Matrix, dtype: torch.dtype | None = None) -> Tensor:
         # copy: without it the tensor would keep the whole file mapped, and change with the file.
-        return to_float(matrix).to(self._device, self._dtype, copy=True)
+        return to_float(matrix).to(self._device, dtype or self._dtype, copy=True)
 
-    def optional(self, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else self(tensor)
+    def all_of(self, part: Any) -> Any:
+        """A dataclass of weights with every matrix and tensor in it in place."""
+        return replace(part, **{field.name: self._field(part, field.name) for field in fields(part)})
+
+    def _field(self, part: Any, name: str) -> Any:
+        value = getattr(part, name)
+        if value is None:
+            return None
+        if name == "expert":
+            return lambda logical: self.all_of(value(logical))
+        if name in ("attention", "mlp", "shared"):
+            return self.all_of(value)
+        # Rounding the router would send tokens to other experts.
+        return self(value, torch.float32 if name in ("router", "router_bias", "correction_bias") else None)
 
 
 class _Layers:
@@ -70,19 +84,5 @@ class _Layers:
         return self._source.spec.num_layers
 
     def __iter__(self) -> Iterator[LayerWeights]:
-        place = self._place
         for layer in self._source.layers():
-            yield Layer(
-                input_norm=place(layer.input_norm),
-                qkv=place(layer.qkv),
-                qkv_bias=place.optional(layer.qkv_bias),
-                q_norm=place.optional(layer.q_norm),
-                k_norm=place.optional(layer.k_norm),
-                output=place(layer.output),
-                output_bias=place.optional(layer.output_bias),
-                mlp_norm=place(layer.mlp_norm),
-                gate_up=place(layer.gate_up),
-                gate_up_bias=place.optional(layer.gate_up_bias),
-                down=place(layer.down),
-                down_bias=place.optional(layer.down_bias),
-            )
+            yield self._place.all_of(layer)

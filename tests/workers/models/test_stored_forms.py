@@ -117,10 +117,10 @@ def test_values_are_those_that_were_packed(tmp_path: Path, name: str) -> None:
     for index, layer in enumerate(source(tmp_path).layers()):
         prefix = f"model.layers.{index}."
         for got, modules in (
-            (layer.qkv, [f"self_attn.{part}_proj" for part in "qkv"]),
-            (layer.output, ["self_attn.o_proj"]),
-            (layer.gate_up, ["mlp.gate_proj", "mlp.up_proj"]),
-            (layer.down, ["mlp.down_proj"]),
+            (layer.attention.qkv, [f"self_attn.{part}_proj" for part in "qkv"]),
+            (layer.attention.output, ["self_attn.o_proj"]),
+            (layer.mlp.gate_up, ["mlp.gate_proj", "mlp.up_proj"]),
+            (layer.mlp.down, ["mlp.down_proj"]),
         ):
             matrices = [packed[prefix + module] for module in modules]
             expected = np.concatenate([matrix.values() for matrix in matrices])
@@ -140,15 +140,15 @@ def test_the_torch_decoder_runs_them(tmp_path: Path, name: str) -> None:
     prepared = prepare_model(str(tmp_path))
     assert load_decoder(prepared.path, torch.float32, torch.device("cpu")).spec.num_layers == 2
     floats, stored = (list(source(tmp_path, scheme).layers())[1] for scheme in ("none", "stored"))
-    assert isinstance(floats.qkv, torch.Tensor)
-    assert torch.equal(floats.qkv, to_float(stored.qkv))
+    assert isinstance(floats.attention.qkv, torch.Tensor)
+    assert torch.equal(floats.attention.qkv, to_float(stored.attention.qkv))
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_other_schemes_quantize_what_was_stored(tmp_path: Path, name: str) -> None:
     write(tmp_path, CASES["gptq g32"])
-    exact = to_float(next(source(tmp_path).layers()).down)
-    down = to_float(next(source(tmp_path, name).layers()).down)
+    exact = to_float(next(source(tmp_path).layers()).mlp.down)
+    down = to_float(next(source(tmp_path, name).layers()).mlp.down)
     if name == "int4":
         assert torch.equal(down, exact)  # four bits are four bits
     else:
@@ -161,9 +161,9 @@ def test_own_biases_are_kept_and_empty_ones_dropped(tmp_path: Path) -> None:
     held["model.layers.0.self_attn.o_proj.bias"] = torch.zeros(64)
     save_file(held, tmp_path / "model.safetensors")
     layer = next(source(tmp_path).layers())
-    assert layer.qkv_bias is not None
-    assert layer.qkv_bias.any()
-    assert layer.output_bias is None
+    assert layer.attention.qkv_bias is not None
+    assert layer.attention.qkv_bias.any()
+    assert layer.attention.output_bias is None
     held["model.layers.0.self_attn.o_proj.bias"] += 1
     save_file(held, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match="o_proj has a bias"):

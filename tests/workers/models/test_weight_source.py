@@ -60,7 +60,7 @@ def test_floats_are_quantized_as_the_scheme_says(tmp_path: Path, tied: bool) -> 
         ("int4", quantize_q4(gate_up), quantize_q8(head)),
     ):
         layer = last_layer(model, name)
-        assert same(layer.gate_up, matrix)
+        assert same(layer.mlp.gate_up, matrix)
         assert same(source(model, name).head(), head_matrix)
         assert torch.equal(layer.mlp_norm, held["model.layers.1.post_attention_layernorm.weight"])
         embedding = source(model, name).embedding()
@@ -72,28 +72,28 @@ def test_gguf_blocks_are_served_as_stored(tmp_path: Path, kind: str) -> None:
     path = imported(tmp_path, GGMLQuantizationType[kind])
     blocks = GgufBlocks(path)
     layer = last_layer(path, "stored")
-    assert same(layer.down, blocks.read(DOWN))
+    assert same(layer.mlp.down, blocks.read(DOWN))
     qkv = [blocks.read(f"model.layers.1.self_attn.{part}_proj.weight").dequantize() for part in "qkv"]
-    assert isinstance(layer.qkv, GroupedWeight)
-    assert np.array_equal(layer.qkv.dequantize(), np.concatenate(qkv))
+    assert isinstance(layer.attention.qkv, GroupedWeight)
+    assert np.array_equal(layer.attention.qkv.dequantize(), np.concatenate(qkv))
     assert same(source(path, "stored").head(), blocks.read("lm_head.weight"))
 
 
 def test_four_bits_are_not_rounded_twice(tmp_path: Path) -> None:
     path = imported(tmp_path, GGMLQuantizationType.Q4_1)
-    assert same(last_layer(path, "int4").down, GgufBlocks(path).read(DOWN))
+    assert same(last_layer(path, "int4").mlp.down, GgufBlocks(path).read(DOWN))
     assert source(path, "int4").head().format == "q8"  # type: ignore[union-attr]
 
 
 def test_gguf_types_that_kernels_do_not_hold_become_eight_bits(tmp_path: Path) -> None:
     path = imported(tmp_path, GGMLQuantizationType.Q5_0)
-    down = last_layer(path, "stored").down
+    down = last_layer(path, "stored").mlp.down
     assert same(down, quantize_q8(load_file(path / "model.safetensors")[DOWN]))
 
 
 def test_int8_of_a_gguf_is_of_its_float_tensors(tmp_path: Path) -> None:
     path = imported(tmp_path, GGMLQuantizationType.Q4_1)
-    down = last_layer(path, "int8").down
+    down = last_layer(path, "int8").mlp.down
     assert same(down, quantize_q8(load_file(path / "model.safetensors")[DOWN]))
 
 
@@ -114,7 +114,7 @@ def test_fused_parts_of_different_types_become_eight_bits(tmp_path: Path) -> Non
         "Q4_0",
         "Q8_0",
     }
-    qkv = last_layer(path, "stored").qkv
+    qkv = last_layer(path, "stored").attention.qkv
     assert isinstance(qkv, GroupedWeight)
     assert qkv.format == "q8"
     exact = torch.cat(
@@ -129,7 +129,7 @@ def test_the_torch_decoder_gets_the_values_of_the_quantized(tmp_path: Path, name
     spec = DecoderSpec.from_config(read_json(path / "config.json"))
     weights = load_weights(path, spec, torch.float32, torch.device("cpu"), Scheme(name))
     layer = list(weights.layers)[-1]
-    assert torch.equal(layer.qkv, to_float(last_layer(path, name).qkv))
+    assert torch.equal(layer.attention.qkv, to_float(last_layer(path, name).attention.qkv))
     assert weights.embedding is weights.head
     assert torch.equal(weights.head, to_float(source(path, name).head()))
 

@@ -52,22 +52,29 @@ def test_projections_are_fused(model: Path) -> None:
     layer = list(weights.layers)[1]
     prefix = "model.layers.1."
     qkv = [held[f"{prefix}self_attn.{part}_proj.weight"] for part in "qkv"]
-    assert torch.equal(layer.qkv, torch.cat(qkv))
-    assert layer.qkv_bias is not None
+    assert torch.equal(layer.attention.qkv, torch.cat(qkv))
+    assert layer.attention.qkv_bias is not None
     assert torch.equal(
-        layer.qkv_bias, torch.cat([held[f"{prefix}self_attn.{part}_proj.bias"] for part in "qkv"])
+        layer.attention.qkv_bias, torch.cat([held[f"{prefix}self_attn.{part}_proj.bias"] for part in "qkv"])
     )
     gate_up = [held[f"{prefix}mlp.{part}_proj.weight"] for part in ("gate", "up")]
-    assert torch.equal(layer.gate_up, torch.cat(gate_up))
-    assert layer.output_bias is None
-    assert layer.q_norm is None
+    assert torch.equal(layer.mlp.gate_up, torch.cat(gate_up))
+    assert layer.attention.output_bias is None
+    assert layer.attention.q_norm is None
     assert weights.head is weights.embedding  # tied
 
 
 def test_dtype_is_the_asked_one(model: Path) -> None:
     weights = load(model, torch.bfloat16)
     layer = next(iter(weights.layers))
-    tensors = [weights.embedding, weights.final_norm, layer.qkv, layer.qkv_bias, layer.down, layer.mlp_norm]
+    tensors = [
+        weights.embedding,
+        weights.final_norm,
+        layer.attention.qkv,
+        layer.attention.qkv_bias,
+        layer.mlp.down,
+        layer.mlp_norm,
+    ]
     assert {tensor.dtype for tensor in tensors if tensor is not None} == {torch.bfloat16}
 
 
@@ -84,8 +91,8 @@ def test_shards_equal_the_single_file(model: Path) -> None:
     whole = list(load(model).layers)
     shard(model)
     for one, other in zip(whole, load(model).layers, strict=True):
-        assert torch.equal(one.qkv, other.qkv)
-        assert torch.equal(one.down, other.down)
+        assert torch.equal(one.attention.qkv, other.attention.qkv)
+        assert torch.equal(one.mlp.down, other.mlp.down)
 
 
 def test_harmless_extras_are_ignored(model: Path) -> None:

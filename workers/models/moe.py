@@ -1,0 +1,126 @@
+"""A sparse layer's MLP: a router chooses among experts, shared ones run besides.
+
+The routed experts are behind `Experts`, so that they may be here or spread over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.reference import silu_mul
+from kernels.reference_moe import Activation, Routing, clamped_swiglu, combine, grouped_mlp, permute, route
+from workers.models.layer_weights import Mlp, SparseMlp
+from workers.models.linear import make_linear
+from workers.models.spec import DecoderSpec, MoeSpec
+
+
+class Experts(Protocol):
+    """The routed experts of one layer."""
+
+    def start(self, x: Tensor, weights: Tensor, experts: Tensor) -> Callable[[], Tensor]:
+        """x [T, H], weights float32 [T, k], logical experts int64 [T, k]. What is returned gives the weighted sums,
+        float32 [T, H]; work between the two calls hides the tokens' way to other ranks."""
+
+
+# (index among the layers that have experts, the model, the layer's weights) -> its experts. Routed experts are read by
+# calling `weights.expert`, now or later, all or some of them.
+MakeExperts = Callable[[int, DecoderSpec, SparseMlp[Tensor]], Experts]
+
+
+def routing_of(moe: MoeSpec) -> Routing:
+    return Routing(
+        top_k=moe.top_k,
+        scoring=moe.scoring,
+        normalize=moe.normalize,
+        scale=moe.scale,
+        num_groups=moe.num_groups,
+        top_groups=moe.top_groups,
+        group_score=moe.group_score,
+        softmax_after_topk=moe.softmax_after_topk,
+    )
+
+
+def activation_of(moe: MoeSpec) -> Activation:
+    if moe.activation == "silu":
+        return silu_mul
+    return partial(clamped_swiglu, alpha=moe.swiglu_alpha, limit=moe.swiglu_limit)
+
+
+class DenseMlp:
+    def __init__(self, weights: Mlp[Tensor]) -> None:
+        self._gate_up = make_linear(weights.gate_up, weights.gate_up_bias)
+        self._down = make_linear(weights.down, weights.down_bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, H] -> [T, H] in x's dtype."""
+        return self._down(silu_mul(self._gate_up(x)))
+
+
+class SparseLayer:
+    def __init__(self, moe: MoeSpec, weights: SparseMlp[Tensor], experts: Experts) -> None:
+        self.experts = experts
+        self._routing = routing_of(moe)
+        self._routing.validate(moe.num_experts)
+        self._router, self._router_bias = weights.router, weights.router_bias
+        self._correction_bias = weights.correction_bias
+        self._shared = None if weights.shared is None else DenseMlp(weights.shared)
+        self._shared_gate = weights.shared_gate
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, H] -> float32 [T, H]."""
+        # In float32 whatever x is: a rounded logit may choose another expert.
+        logits = functional.linear(x.float(), self._router, self._router_bias)
+        weights, experts = route(logits, self._routing, self._correction_bias)
+        routed = self.experts.start(x, weights, experts)
+        if self._shared is None:
+            return routed()
+        shared = self._shared(x).float()
+        if self._shared_gate is not None:
+            shared *= functional.linear(x, self._shared_gate).sigmoid()
+        return routed().add_(shared)
+
+
+class LocalExperts:
+    """All experts of a layer in this process."""
+
+    def __init__(self, spec: DecoderSpec, moe: MoeSpec, weights: SparseMlp[Tensor]) -> None:
+        self.counts = torch.zeros(moe.num_experts, dtype=torch.int64, device=weights.router.device)
+        self._activation = activation_of(moe)
+        first = weights.expert(0)
+        self._gate_up = first.gate_up.new_empty(moe.num_experts, *first.gate_up.shape)
+        self._down = first.down.new_empty(moe.num_experts, *first.down.shape)
+        biases = []
+        for logical in range(moe.num_experts):
+            expert = weights.expert(logical)  # one at a time: a layer is never held twice
+            self._gate_up[logical], self._down[logical] = expert.gate_up, expert.down
+            biases.append((expert.gate_up_bias, expert.down_bias))
+        gate_up_biases, down_biases = (_stacked(column) for column in zip(*biases, strict=True))
+        self._biases = (
+            None if gate_up_biases is None or down_biases is None else (gate_up_biases, down_biases)
+        )
+
+    def start(self, x: Tensor, weights: Tensor, experts: Tensor) -> Callable[[], Tensor]:
+        return partial(self, x, weights, experts)
+
+    def __call__(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        order, counts = permute(experts, len(self.counts))
+        self.counts += counts
+        rows = x.index_select(0, order // experts.shape[1])
+        y = grouped_mlp(rows, counts, self._gate_up, self._down, self._biases, self._activation)
+        return combine(y, order, weights)
+
+
+def local_experts(index: int, spec: DecoderSpec, weights: SparseMlp[Tensor]) -> LocalExperts:
+    assert spec.moe is not None, f"{spec.architecture} has no experts"
+    return LocalExperts(spec, spec.moe, weights)
+
+
+def _stacked(biases: tuple[Tensor | None, ...]) -> Tensor | None:
+    present = [bias for bias in biases if bias is not None]
+    return torch.stack(present) if present else None
