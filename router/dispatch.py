@@ -72,7 +72,9 @@ class Dispatcher:
             heartbeat_s=config.heartbeat_s,
             timeout_s=config.timeout_s,
             book=self.book,
-            on_room=self.admission.room,
+            on_room=lambda room: self.admission.room(
+                room.blocks, requests=room.requests, tokens=room.tokens
+            ),
             on_late=self.metrics.late_messages.inc,
             standing=self._policy.standing if isinstance(self._policy, Sorts) else None,
         )
@@ -188,7 +190,10 @@ class Dispatcher:
             return None
         now = trace.choosing()
         excluded, avoided = request.excluded_now(now), request.avoided_now(now)
-        demand, views = self._demand(request), self.fleet.views(request.hash_root)
+        views = self.fleet.views(request.hash_root, request.num_blocks)
+        if next(iter(views.ranked("decode")), None) is None:
+            return None  # spares the look-up: at overload this is what most find
+        demand = self._demand(request)
         choice = self._policy.choose(demand, views, excluded | avoided)
         if choice is None and avoided:
             choice = self._policy.choose(demand, views, excluded)
@@ -196,7 +201,7 @@ class Dispatcher:
 
     async def _wait(self, request: Request, turn: Turn) -> None:
         """For room; or, when workers have room but this request must leave them alone, for that to end."""
-        views = self.fleet.views(request.hash_root)
+        views = self.fleet.views(request.hash_root, request.num_blocks)
         excluded = [view.worker_id for _, view in views.ranked("decode")]
         if excluded:
             await turn.step_aside(request.excluded_for_s(excluded, time.monotonic()))
@@ -294,7 +299,7 @@ class Dispatcher:
             raise InvalidRequest(failure.message)
         log.info("request %s: %s", request.generation.request_id, failure)
         if failure.code in ("busy", "draining"):
-            return  # its link is marked: the policy does not see the worker until there is news of it
+            return  # its link is marked: the policy does not see the worker until it says that there is room
         request.failures += 1
         until = time.monotonic() + _EXCLUDED_S
         if failure.blamed is not None:
@@ -316,9 +321,6 @@ class Dispatcher:
         if done is not None:
             self.metrics.transfer_seconds.observe(done.transfer_s)
             self.metrics.transfer_bytes.labels(done.channel).inc(done.transfer_bytes)
-        if attempt.taken:  # D has room now, or had it and is gone
-            attempt.decode.busy = False
-            self.admission.room(attempt.num_blocks)
 
     # --- what http, grpc and the command line ask -------------------------------------------------------------------
 

@@ -19,12 +19,13 @@ from router.generation import ModelInfo
 from router.load import LoadBook
 from router.roster import Roster, Standing, Usable
 from router.worker_link import LinkDown, WorkerLink
-from workers.protocol.messages import Load, WorkerInfo
+from workers.protocol.messages import Load, Room, WorkerInfo
 
 log = logging.getLogger(__name__)
 
 _MIN_BACKOFF_S = 0.05
 _MAX_BACKOFF_S = 1.0
+_MANY = 2**31  # of what a worker does not tell
 
 
 @dataclass(slots=True)
@@ -43,7 +44,7 @@ class Member:
 
 
 class Fleet:
-    """Lives in one event loop. `on_room(free_blocks)` is called whenever a decode worker tells of its blocks."""
+    """Lives in one event loop. `on_room(room)` is called whenever a decode worker tells what it can take."""
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class Fleet:
         timeout_s: float,
         book: LoadBook,
         grace_s: float = 5.0,
-        on_room: Callable[[int], None] = lambda free_blocks: None,
+        on_room: Callable[[Room], None] = lambda room: None,
         on_late: Callable[[], None] = lambda: None,
         standing: Standing | None = None,
         rng: random.Random | None = None,
@@ -163,8 +164,12 @@ class Fleet:
 
     def _heard_load(self, link: WorkerLink, load: Load) -> None:
         self._book.report(link.worker_id, load)
-        if link.info.role == "decode":
-            self._on_room(load.free_blocks)
+        if link.info.role != "decode" or link.busy:  # those who wait have been there
+            return
+        room = load.room or Room(_MANY, load.free_blocks, _MANY)
+        if self._roster.views(link.info.hash_root).pool("prefill").size:
+            room = Room(room.requests, room.blocks, _MANY)  # prompts are read elsewhere
+        self._on_room(room)
 
     # --- asked by dispatch ------------------------------------------------------------------------------------------
 
@@ -197,13 +202,13 @@ class Fleet:
     def ready(self) -> bool:
         return any(m.info.role == "decode" and m.state == "up" for m in self._members.values())
 
-    def views(self, hash_root: bytes) -> Usable:
-        """Workers of this model that can be given work now."""
-        return self._roster.views(hash_root, self._is_usable)
+    def views(self, hash_root: bytes, num_blocks: int = 1) -> Usable:
+        """Workers of this model that can be given a request of so many blocks now."""
+        return self._roster.views(hash_root, lambda worker_id: self._is_usable(worker_id, num_blocks))
 
-    def _is_usable(self, worker_id: str) -> bool:
+    def _is_usable(self, worker_id: str, num_blocks: int) -> bool:
         member = self._members.get(worker_id)
         if member is None:
             return False
         link = member.link
-        return link.state == "up" and not (link.busy or link.draining or member.leaving)
+        return link.state == "up" and link.may_take(num_blocks) and not (link.draining or member.leaving)

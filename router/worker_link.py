@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, Literal, cast
 
 from router.inbox import Event, Inbox, LinkLost
+from router.room import Refusal
 from workers.protocol import frames
 from workers.protocol.messages import (
     Accepted,
@@ -59,7 +60,7 @@ class WorkerLink:
         self.state: LinkState = "connecting"
         self.reason = ""  # why it is down
         self.load = Load()  # as last reported
-        self.busy = False  # answered `busy`, and nothing was heard of its load since
+        self.refusal: Refusal | None = None  # it answered `busy`, and has not said since that there is room
         self.draining = False
         self.late_messages = 0  # for requests that are not on this link (any more)
         self._secret = secret
@@ -80,6 +81,14 @@ class WorkerLink:
     @property
     def worker_id(self) -> str:
         return self.info.worker_id
+
+    @property
+    def busy(self) -> bool:
+        return self.refusal is not None
+
+    def may_take(self, num_blocks: int) -> bool:
+        """A request of so many blocks, as far as is known."""
+        return self.refusal is None or not self.refusal.refuses(num_blocks)
 
     @property
     def num_requests(self) -> int:
@@ -225,13 +234,15 @@ class WorkerLink:
                     self._late()
         elif isinstance(message, Heartbeat):
             self.load = message.load
-            self.busy = False
+            if self.refusal is not None and self.refusal.is_over(message.load):
+                self.refusal = None
             self._on_load(self, message.load)
         elif isinstance(message, Ticketed | Accepted | PrefillDone):
             self._deliver(message.request_id, message)
         elif isinstance(message, Failed):
             # Marked here, not by the request: a heartbeat that follows in the same read must be able to lift it.
-            self.busy = self.busy or message.code == "busy"
+            if message.code == "busy":
+                self.refusal = Refusal.of(message.lacks, self.refusal)
             self.draining = self.draining or message.code == "draining"
             self._deliver(message.request_id, message)
         elif isinstance(message, StatusReply):

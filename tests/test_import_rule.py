@@ -42,6 +42,7 @@ PURE = (
     "router/policies/__init__.py",
     "router/roster.py",
     "router/load.py",
+    "router/room.py",
     "router/admission/line.py",
     "router/admission/order.py",
     "router/admission/drain.py",

@@ -77,6 +77,12 @@ class EngineConfig(Section):
     )
     max_num_seqs: int = Field(64, ge=1, description="requests in one step")
     max_num_batched_tokens: int = Field(512, ge=1, description="tokens in one step: the prefill chunk")
+    max_queued_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="prompt tokens that may wait in a worker that reads them itself; more wait in the router's fair line; "
+        "null: twice max_num_batched_tokens",
+    )
     prefix_caching: bool = Field(True, description="keep blocks of finished requests for later prompts")
     host_cache_memory: ByteSize = Field(
         ByteSize(0),

@@ -30,6 +30,7 @@ from workers.protocol.messages import (
     PrefillDone,
     PrefixHolder,
     Reserve,
+    Room,
     Ticketed,
     TokenDelta,
     Tokens,
@@ -67,13 +68,15 @@ class Serving:
         metrics: WorkerMetrics,
         *,
         publish: CacheSink = lambda stored, removed: None,
-        on_room: Callable[[], None] = lambda: None,
+        on_room: Callable[[], None] = lambda: None,  # there is room for what a router was refused
     ) -> None:
         self._engine = engine
         self._metrics = metrics
         self._publish = publish
-        self._on_room = on_room  # called when blocks became free after a router was told `busy`
-        self._told_busy = False
+        self._on_room = on_room
+        self._refused: set[Room] = (
+            set()
+        )  # what it was that requests found too little of, since routers were told of room
         self._draining = False
         self._owners: dict[str, Owner] = {}
         self._wake = threading.Event()
@@ -155,8 +158,9 @@ class Serving:
         scheduler = self._engine.scheduler
         uncached = scheduler.uncached_tokens(request)
         if uncached <= message.local_prefill_max:
-            if not scheduler.has_room(request):
-                self._busy(owner, request)
+            lacks = scheduler.lacks(request, computed_here=True)
+            if lacks is not None:
+                self._busy(owner, request, lacks)
                 return
             scheduler.add(request)
             owner.send(Accepted(request.request_id, request.num_tokens - uncached))
@@ -164,7 +168,7 @@ class Serving:
         else:
             ticket = self.tickets.open(request, message.transfer_id, message.lease_s)
             if ticket is None:
-                self._busy(owner, request)
+                self._busy(owner, request, scheduler.lacks(request, computed_here=False) or Room())
                 return
             owner.send(Ticketed(request.request_id, ticket))
         self._owners[request.request_id] = owner
@@ -240,16 +244,23 @@ class Serving:
             return True
         return False
 
-    def _busy(self, owner: Owner, request: Request) -> None:
-        self._told_busy = True
-        pool = self._engine.pool
+    def _busy(self, owner: Owner, request: Request, lacks: Room) -> None:
+        self._refused.add(lacks)
+        scheduler, pool = self._engine.scheduler, self._engine.pool
         need = -(-request.num_tokens // self._engine.layout.block_size)
-        reason = f"{need} blocks wanted, {pool.num_free} of {pool.num_blocks} are free"
-        owner.send(Failed(request.request_id, "busy", reason))
+        reason = (
+            f"{need} blocks wanted, {pool.num_free} of {pool.num_blocks} are free; {scheduler.room.requests} of "
+            f"{scheduler.max_num_seqs} places; {scheduler.queued_prefill_tokens} prompt tokens wait"
+        )
+        owner.send(Failed(request.request_id, "busy", reason, lacks))
 
     def _room(self) -> None:
-        if self._told_busy:
-            self._told_busy = False
+        """At most one message for each request that was refused."""
+        if not self._refused:
+            return
+        room = self._engine.scheduler.room
+        if any(room.covers(lacks) for lacks in self._refused):
+            self._refused.clear()
             self._on_room()
 
     # --- what the engine and the transfer report --------------------------------------------------------------------
@@ -266,10 +277,12 @@ class Serving:
             if request.state is State.PREFILLED:
                 self._engine.scheduler.cancel(request.request_id)
         self._send_tokens([new for new in result.tokens if not new.request.prefill_only])
+        self._room()
 
     def _committed(self, arrival: Arrival) -> None:
         self._metrics.received(arrival.transfer_s, arrival.num_bytes)
         self._send_tokens([arrival.new])
+        self._room()
         self._wake.set()
 
     def _loaded(self, loaded: Loaded) -> None:
@@ -301,7 +314,6 @@ class Serving:
             if request.finish_reason is not None:
                 del self._owners[request_id]
                 self._metrics.finished(request)
-                self._room()
         for owner, deltas in frames.items():
             owner.send(Tokens(deltas))
 

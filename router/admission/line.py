@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Mapping
 
 from router.admission.drain import DrainRate, Typical
@@ -100,19 +101,23 @@ class Line:
         entry.waited = True
         self._drain.busy(True, now)
 
-    def room(self, free_blocks: int, now: float) -> list[Entry]:
-        """A worker has this many free blocks: let try, from the front, as many as they are enough for.
+    def room(
+        self, free_blocks: int, now: float, *, requests: float = math.inf, tokens: float = math.inf
+    ) -> list[Entry]:
+        """A worker can take so many blocks, requests and tokens to compute: let try, from the front, whom they are enough for.
 
-        The first is let try whenever there is a block at all, because its need is only an estimate: it may be cached.
+        The first is let try whenever there is anything at all, because its need is only an estimate: it may be cached.
+        When there was more room than these need, the next is let try as soon as they are placed.
         """
         self._drop_late(now)
         woken: list[Entry] = []
-        budget = free_blocks
-        while budget > 0 and self._order.num_parked:
+        while free_blocks > 0 and requests > 0 and tokens > 0 and self._order.num_parked:
             entry, aged = self._order.next(now)
-            if budget < entry.need_blocks and woken:
+            if woken and (free_blocks < entry.need_blocks or tokens < entry.cost):
                 break
-            budget -= entry.need_blocks
+            free_blocks -= entry.need_blocks
+            tokens -= entry.cost
+            requests -= 1
             self._order.let_try(entry, aged)
             woken.append(entry)
         return woken

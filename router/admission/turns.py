@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -60,13 +61,13 @@ class Admission:
         """
         return Turn(self, Entry(tenant, priority, need_blocks, work, resumed, deadline))
 
-    def room(self, free_blocks: int) -> None:
-        """A worker has this many free blocks: wake, from the front, as many as they are enough for."""
+    def room(self, free_blocks: int, *, requests: float = math.inf, tokens: float = math.inf) -> None:
+        """A worker can take so many blocks, requests and tokens to compute: wake, from the front, whom they are enough for."""
         if free_blocks <= 0:
             return
         self._rooms += 1
         now = self._clock()
-        self._wake(self._line.room(free_blocks, now))
+        self._wake(self._line.room(free_blocks, now, requests=requests, tokens=tokens))
         self._tell_dropped(now)
 
     def first_token(self, seconds: float) -> None:

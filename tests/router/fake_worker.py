@@ -30,6 +30,7 @@ from workers.protocol.messages import (
     PrefillDone,
     Reserve,
     Role,
+    Room,
     Sampling,
     StatusReply,
     StatusRequest,
@@ -87,7 +88,7 @@ def expected_output(prompt: Sequence[int], sampling: Sampling) -> list[int]:
 class Connection:
     writer: asyncio.StreamWriter
     heard_at: float = field(default_factory=time.monotonic)
-    told_busy: bool = False
+    refused: list[Room] = field(default_factory=list)  # what requests found too little of
 
 
 @dataclass(eq=False)
@@ -127,7 +128,6 @@ class FakeWorker:
         self.hook, self.on_cache, self.on_death = hook, on_cache, on_death
         self.alive = False
         self.stalled = False
-        self.tells_of_room = True  # a heartbeat when blocks are freed after a `busy`
         self.held: dict[str, Held] = {}
         self.prefills: dict[str, asyncio.Task[None]] = {}
         self.cache: OrderedDict[bytes, bytes] = OrderedDict()  # hash -> parent
@@ -205,7 +205,11 @@ class FakeWorker:
             active_blocks=self.used_blocks,
             cached_blocks=len(self.cache),
             free_blocks=self.num_blocks - self.used_blocks,
+            room=self.room(),
         )
+
+    def room(self) -> Room:
+        return Room(requests=1000, blocks=self.num_blocks - self.used_blocks, tokens=1_000_000)
 
     def cached(self) -> list[Stored]:
         """The snapshot for a publisher."""
@@ -281,9 +285,8 @@ class FakeWorker:
         if order in ("die", "stall", "cut"):
             self._obey_order(order)
         elif order != "drop":
-            connection.told_busy = connection.told_busy or order == "busy"
             self._drop(work.request_id)
-            self._send(connection, Failed(work.request_id, order, f"told to be {order} at {stage}"))
+            self._fail(connection, work, order, f"told to be {order} at {stage}")
         return True
 
     # --- decode -----------------------------------------------------------------------------------------------------
@@ -301,8 +304,7 @@ class FakeWorker:
             cached += 1
         blocks = len(tokens) // BLOCK + 1
         if self.used_blocks + blocks > self.num_blocks:
-            connection.told_busy = True
-            self._send(connection, Failed(work.request_id, "busy", "no room"))
+            self._fail(connection, work, "busy", "no room", Room(blocks=blocks))
             return
         held = Held(work, connection, blocks, list(work.output), cached * BLOCK)
         self.held[work.request_id] = held
@@ -331,9 +333,16 @@ class FakeWorker:
     def _drop(self, request_id: str) -> None:
         if self.held.pop(request_id, None) is not None:
             for connection in self._connections:
-                if connection.told_busy and self.tells_of_room:
-                    connection.told_busy = False
+                if any(self.room().covers(lacks) for lacks in connection.refused):
+                    connection.refused.clear()
                     self._send(connection, Heartbeat(self.load()))
+
+    def _fail(
+        self, connection: Connection, work: Work, code: str, reason: str, lacks: Room | None = None
+    ) -> None:
+        if code == "busy":
+            connection.refused.append(lacks or Room())
+        self._send(connection, Failed(work.request_id, code, reason, lacks))
 
     async def _step(self) -> None:
         while True:

@@ -120,12 +120,54 @@ async def test_busy_workers_make_the_request_wait_and_room_wakes_it(valkey):
         assert cluster.metric("headrace_dispatch_placements_total", outcome="finished") == 6
 
 
-async def test_load_that_this_replica_released_is_room(valkey):
+async def test_a_worker_that_refused_says_when_there_is_room(valkey):
     async with FakeCluster(valkey.url, timeout_s=120) as cluster:
         await cluster.start(num_blocks=15, heartbeat_s=60)  # no heartbeat comes before the queue's time-out
-        cluster["d0"].tells_of_room = False
         await asyncio.gather(*(cluster.check(generation(n, max_tokens=5)) for n in range(4)))
         await cluster.at_rest()
+
+
+async def test_who_needs_less_than_was_refused_is_still_sent_there(valkey):
+    """A large prompt waits for most of the only worker's blocks; what needs few of them has run meanwhile."""
+    async with FakeCluster(valkey.url) as cluster:
+        await cluster.start(decodes=1, prefills=1, num_blocks=60)
+        holding = asyncio.create_task(cluster.check(generation(1, prompt=400, max_tokens=300)))
+        await until(lambda: cluster["d0"].used_blocks > 0)
+        link = cluster.dispatcher.fleet.link("d0")
+        large = asyncio.create_task(cluster.generate(generation(2, prompt=700)))
+        await until(lambda: link.busy)
+        assert link.may_take(20)
+        assert not link.may_take(44)
+        large.cancel()
+        await asyncio.wait([large])
+        await cluster.check(generation(3, prompt=100))
+        assert not holding.done()
+        await holding
+        await until(lambda: not link.busy)
+        await cluster.at_rest()
+
+
+@pytest.mark.parametrize("prefills", [0, 2])
+async def test_at_overload_few_more_decisions_are_made_than_requests(valkey, prefills, monkeypatch):
+    """Those who wait are not woken to be refused: one refusal, and one decision, for each time that there is room."""
+    admission = AdmissionConfig(queue_timeout_s=60, max_queue=1000)
+    async with FakeCluster(valkey.url, admission=admission) as cluster:
+        await cluster.start(
+            decodes=3, prefills=prefills, num_blocks=40, step_s=0.002
+        )  # two or three at a time
+        policy, decisions = cluster.dispatcher._policy, 0
+        choose = policy.choose
+
+        def counted(*args, **kwargs):
+            nonlocal decisions
+            decisions += 1
+            return choose(*args, **kwargs)
+
+        monkeypatch.setattr(policy, "choose", counted)
+        requests = [generation(n, prompt=150 + 10 * (n % 11), max_tokens=8) for n in range(150)]
+        await asyncio.gather(*(cluster.check(r) for r in requests))
+        await cluster.at_rest()
+        assert decisions <= 4 * len(requests)
 
 
 async def test_a_full_queue_is_429_and_a_long_wait_503(valkey):

@@ -88,6 +88,7 @@ class Engine:
             hash_root=self.hash_root,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            max_queued_tokens=config.max_queued_tokens,
             eos_token_ids=frozenset(model.eos_token_ids),
         )
         self.runner = backend.runner(self.num_blocks, share_kv)
@@ -209,6 +210,7 @@ class Engine:
                 accepted_tokens=scheduler.accepted_tokens,
                 prefill_token_s=self.compute_token_s or 0.0,
                 decode_step_s=self.decode_step_s or 0.0,
+                room=scheduler.room,
             )
 
     def cached(self) -> list[Stored]:

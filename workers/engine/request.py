@@ -39,6 +39,7 @@ class Request:
             self.token_ids
         )  # known on arrival: prompt and output of earlier placements
         self.num_computed_tokens = 0
+        self.num_found_tokens = 0  # while it waits: known tokens that the cache held when it began to
         self.num_cached_tokens = (
             0  # of the given tokens: found in the prefix cache here (or on the prefill worker)
         )

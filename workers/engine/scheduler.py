@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice, zip_longest
 
@@ -23,7 +23,7 @@ from workers.engine.fill import Fill
 from workers.engine.plan import NOT_A_NUMBER, Plan, Sampled, Scheduled, StepResult, Verified
 from workers.engine.request import NewToken, Request, State
 from workers.protocol.hashes import extend_hashes
-from workers.protocol.messages import TokenLogprobs
+from workers.protocol.messages import Room, TokenLogprobs
 
 
 class Scheduler:
@@ -35,14 +35,17 @@ class Scheduler:
         hash_root: bytes,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_queued_tokens: int | None = None,
         eos_token_ids: frozenset[int] = frozenset(),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`max_queued_tokens`: prompt tokens that may wait here; None: those of two steps."""
         self.pool = pool
         self.block_size = block_size
         self.hash_root = hash_root
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_queued_tokens = max_queued_tokens or 2 * max_num_batched_tokens
         self.eos_token_ids = eos_token_ids
         self.requests: dict[str, Request] = {}
         self.running: list[Request] = []  # oldest first
@@ -67,15 +70,12 @@ class Scheduler:
     def reserve(self, request: Request) -> int | None:
         """Hold blocks for all known tokens of a request whose KV comes from elsewhere.
 
-        Returns the number of leading blocks that the prefix cache already holds, or None without room. Seats and
-        blocks that waiting requests need are not taken: else those that were preempted would wait for as long as new
-        ones come.
+        Returns the number of leading blocks that the prefix cache already holds, or None when something is lacking.
         """
+        if self.lacks(request, computed_here=False) is not None:
+            return None
         self._admit(request)
         matched = self._match(request)
-        if not self.has_seat or not self._fits_beside_waiting(request, matched):
-            del self.requests[request.request_id]
-            return None
         self._take(request, matched)
         grown = self._grow(request, request.num_tokens)
         assert grown
@@ -105,12 +105,33 @@ class Scheduler:
             self._finish(request)
         return NewToken(request, index, token, logprobs)
 
-    def has_room(self, request: Request) -> bool:
-        """Whether a request that was not added yet could start at once, with all its known tokens."""
+    @property
+    def room(self) -> Room:
+        """What is left beside those that were taken, each of which is promised blocks for all its known tokens."""
+        return Room(
+            requests=max(self.max_num_seqs - self.num_seats_taken - len(self.waiting), 0),
+            blocks=max(self.pool.num_free - self._num_promised_blocks, 0),
+            tokens=max(self.max_queued_tokens - self.queued_prefill_tokens, 0),
+        )
+
+    def lacks(self, request: Request, *, computed_here: bool) -> Room | None:
+        """What keeps a request that was not added yet from being taken; None: nothing.
+
+        Blocks that those who wait need are not given away: else those that were preempted would wait for as long as new
+        ones come. A request that is computed here may wait for a few steps, so that the engine never does, but no longer:
+        the router's line is the one that is fair.
+        """
         self._hash(request)
-        matched = self._match(request)
-        missing = self._blocks_for(request.num_tokens) - len(matched)
-        return self.has_seat and not self.waiting and missing <= self.pool.num_available(matched)
+        need = self._num_blocks_taken(request, self._match(request))
+        fits = need + self._num_promised_blocks <= self.pool.num_free
+        is_long = computed_here and self.queued_prefill_tokens >= self.max_queued_tokens
+        if self.has_seat and fits and not is_long:
+            return None
+        return Room(requests=int(not self.has_seat), blocks=0 if fits else need, tokens=int(is_long))
+
+    def has_room(self, request: Request) -> bool:
+        """Whether a request that was not added yet could be added now."""
+        return self.lacks(request, computed_here=True) is None
 
     def uncached_tokens(self, request: Request) -> int:
         """Tokens that this engine would have to compute for a request that was not added yet."""
@@ -133,7 +154,8 @@ class Scheduler:
         """
         hashes = self.missing_hashes(request)[:count]
         matched = self._match(request)
-        if not hashes or not self._fits_beside_waiting(request, matched):
+        need = self._num_blocks_taken(request, matched)
+        if not hashes or need + self._num_promised_blocks > self.pool.num_free:
             return None
         self.pool.acquire(matched)
         blocks = self.pool.allocate(len(hashes))
@@ -181,9 +203,10 @@ class Scheduler:
 
     @property
     def queued_prefill_tokens(self) -> int:
-        """Known tokens that are not computed, without the one token that every running stream is ahead."""
-        behind = (r.num_tokens - r.num_computed_tokens for r in (*self.waiting, *self.running))
-        return sum(count for count in behind if count > 1)
+        """Known tokens that are to be computed, without the one token that every running stream is ahead."""
+        behind = (r.num_tokens - r.num_computed_tokens for r in self.running)
+        waiting = sum(r.num_tokens - r.num_found_tokens for r in self.waiting)
+        return waiting + sum(count for count in behind if count > 1)
 
     # --- the step ---------------------------------------------------------------------------------------------------
 
@@ -213,11 +236,12 @@ class Scheduler:
         while self.waiting and budget > 0 and self.num_seats_taken < self.max_num_seqs and not preempted:
             request = self.waiting[0]
             matched = self._match(request)
+            # For all its known tokens, beside those who still read theirs: nobody begins what it would have to give up.
+            need = self._num_blocks_taken(request, matched)
+            if need + self._num_blocks_owed(self.running) > self.pool.num_free:
+                break
             cached = len(matched) * self.block_size
             count = min(request.num_tokens - cached, budget)
-            missing = self._blocks_for(cached + count) - len(matched)
-            if missing > self.pool.num_available(matched):
-                break
             self.waiting.pop(0)
             self._take(request, matched)
             request.num_computed_tokens = cached
@@ -342,6 +366,7 @@ class Scheduler:
 
     def _enqueue(self, request: Request) -> None:
         request.state = State.WAITING
+        request.num_found_tokens = len(self._match(request)) * self.block_size
         position = len(self.waiting)
         while position and self._urgency(self.waiting[position - 1]) > self._urgency(request):
             position -= 1
@@ -357,11 +382,19 @@ class Scheduler:
     def _num_usable(self, request: Request) -> int:
         return (request.num_tokens - 1) // self.block_size
 
-    def _fits_beside_waiting(self, request: Request, matched: list[int]) -> bool:
-        """Whether all its known tokens find room, and those that wait theirs too."""
-        missing = self._blocks_for(request.num_tokens) - len(matched)
-        wanted = sum(self._blocks_for(other.num_tokens) for other in self.waiting)
-        return missing + wanted <= self.pool.num_available(matched)
+    def _num_blocks_taken(self, request: Request, matched: list[int]) -> int:
+        """Free blocks that a request with this prefix takes for all its known tokens."""
+        cached = self.pool.num_free - self.pool.num_available(matched)
+        return self._blocks_for(request.num_tokens) - len(matched) + cached
+
+    @property
+    def _num_promised_blocks(self) -> int:
+        return self._num_blocks_owed(self.waiting) + self._num_blocks_owed(self.running)
+
+    def _num_blocks_owed(self, requests: Iterable[Request]) -> int:
+        """What they lack for their known tokens. Of those that wait all: what is cached for them may go meanwhile."""
+        size = self.block_size
+        return sum(max(-(-len(r.token_ids) // size) - len(r.block_table), 0) for r in requests)
 
     def _take(self, request: Request, matched: list[int]) -> None:
         self.pool.acquire(matched)
