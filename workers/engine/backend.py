@@ -116,6 +116,11 @@ def _only_native(config: EngineConfig) -> str | None:
 
 
 def kv_layout(spec: DecoderSpec, block_size: int, dtype: str, fingerprint: str) -> KvLayout:
+    """Raises ValueError for a block size that the model's cache cannot have."""
+    if spec.kv_planes == 1 and block_size % 2:
+        raise ValueError(
+            f"engine.block_size is {block_size}; for a model with latent attention it must be even"
+        )
     return KvLayout(
         num_layers=spec.num_layers,
         num_kv_heads=spec.num_kv_heads,
@@ -123,6 +128,7 @@ def kv_layout(spec: DecoderSpec, block_size: int, dtype: str, fingerprint: str) 
         block_size=block_size,
         dtype=dtype,
         model_fingerprint=fingerprint,
+        planes=spec.kv_planes,
     )
 
 

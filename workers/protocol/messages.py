@@ -71,6 +71,9 @@ class KvLayout(Struct, frozen=True):
     """The canonical block on the wire: [layer, k|v, kv_head, token, head_dim] of one block, C order.
 
     In int8 the tokens of each (layer, k|v, kv_head) are followed by their scales, float32 [block_size].
+
+    Latent attention has one plane in place of k and v, and one head. To whoever copies blocks that is k and v of half
+    as many tokens, in the same bytes.
     """
 
     num_layers: int
@@ -79,6 +82,12 @@ class KvLayout(Struct, frozen=True):
     block_size: int  # tokens
     dtype: str  # "float32", "bfloat16", "float16", "int8"
     model_fingerprint: str  # hex
+    planes: int = 2  # keys and values; 1: latents that are both
+
+    @property
+    def tile_tokens(self) -> int:
+        """Tokens of one (layer, k|v, kv_head)."""
+        return self.block_size * self.planes // 2
 
     @property
     def block_bytes(self) -> int:
@@ -88,12 +97,12 @@ class KvLayout(Struct, frozen=True):
     def tile_bytes(self) -> int:
         """Of one (layer, k|v, kv_head)."""
         if self.dtype == "int8":
-            return self.block_size * (self.head_dim + 4)
-        return self.block_size * self.head_dim * (4 if self.dtype == "float32" else 2)
+            return self.tile_tokens * (self.head_dim + 4)
+        return self.tile_tokens * self.head_dim * (4 if self.dtype == "float32" else 2)
 
     def wire_bytes(self, num_blocks: int, num_layers: int, num_heads: int, compression: Compression) -> int:
         """Of a piece: compressed tiles have a byte for each value and a float32 scale for each token."""
-        packed = self.block_size * (self.head_dim + 4)
+        packed = self.tile_tokens * (self.head_dim + 4)
         return (
             num_blocks * num_layers * 2 * num_heads * (self.tile_bytes if compression == "none" else packed)
         )

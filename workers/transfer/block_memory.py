@@ -165,8 +165,10 @@ class DeviceBlocks:
     shared = None
 
     def __init__(self, kv_cache: torch.Tensor, layout: KvLayout, exported: DevicePages | None = None) -> None:
-        """[num_blocks, num_layers, 2, heads of this rank, block_size, head_dim]; `exported`: the memory it lies in, when
-        other processes can open it."""
+        """[num_blocks, num_layers, planes, heads of this rank, block_size, head_dim]; `exported`: the memory it lies in,
+        when other processes can open it."""
+        if layout.planes == 1:
+            kv_cache = kv_cache.view(*kv_cache.shape[:2], 2, 1, layout.tile_tokens, kv_cache.shape[-1])
         self._kv_cache = kv_cache
         self._layout = layout
         self.exported = exported
@@ -308,7 +310,7 @@ def canonical_view(
     layout: KvLayout, address: int, num_blocks: int, num_heads: int, num_layers: int | None = None
 ) -> CacheView:
     """Blocks one after another in canonical order. An int8 tile, values and scales, counts as one row."""
-    tokens = 1 if layout.dtype == "int8" else layout.block_size
+    tokens = 1 if layout.dtype == "int8" else layout.tile_tokens
     return CacheView.canonical(
         address, num_blocks, num_layers or layout.num_layers, num_heads, tokens, layout.tile_bytes // tokens
     )

@@ -11,6 +11,7 @@ _WHAT = {
     "num_layers": "number of layers",
     "num_kv_heads": "number of KV heads",
     "head_dim": "head size",
+    "planes": "number of planes in a layer",
 }
 
 

@@ -24,11 +24,11 @@ PARTS = [(None, None), (range(1, 2), None), (None, range(2, 4)), (range(1, 3), r
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def both(dtype: str) -> tuple[DeviceBlocks, HostBlocks, torch.Tensor, torch.Tensor]:
+def both(dtype: str, planes: int = 2) -> tuple[DeviceBlocks, HostBlocks, torch.Tensor, torch.Tensor]:
     """With the same content, in different memory."""
-    layout = KvLayout(3, 4, 8, 4, dtype, "f")
+    layout = KvLayout(3, 4 if planes == 2 else 1, 8, 4, dtype, "f", planes)
     torch.manual_seed(1)
-    cache = torch.randn(SHAPE).to(DTYPES[dtype])
+    cache = torch.randn(SHAPE if planes == 2 else (10, 3, 1, 1, 4, 8)).to(DTYPES[dtype])
     copy = cache.clone()
     host = HostBlocks(copy.view(-1).view(torch.uint8).numpy(), layout)
     return DeviceBlocks(cache, layout), host, cache, copy
@@ -40,11 +40,14 @@ def joined(views: list[memoryview]) -> bytes:
 
 @pytest.mark.parametrize("compression", ["none", "int8", "fp8"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("layers", "heads"), PARTS)
+@pytest.mark.parametrize(
+    ("planes", "layers", "heads"),
+    [(2, *one) for one in PARTS] + [(1, None, None), (1, range(1, 3), range(1))],
+)
 def test_the_same_bytes_leave_and_enter(
-    dtype: str, layers: range | None, heads: range | None, compression: Compression
+    planes: int, dtype: str, layers: range | None, heads: range | None, compression: Compression
 ) -> None:
-    device, host, cache, copy = both(dtype)
+    device, host, cache, copy = both(dtype, planes)
     sent = joined(device.outgoing([7, 0, 3], layers, heads, compression))
     assert sent == joined(host.outgoing([7, 0, 3], layers, heads, compression))
     for memory in (device, host):
@@ -65,6 +68,22 @@ def test_blocks_are_pulled_from_another_cache(layers: range | None, heads: range
     for memory in (device, host):
         memory.pull([1, 8], view, [4, 6], layers, heads)
     assert torch.equal(cache.view(torch.uint8), copy.view(torch.uint8))
+
+
+def test_a_plane_of_latents_is_whole_tokens_in_order() -> None:
+    layout = KvLayout(3, 1, 8, 4, "float32", "f", planes=1)
+    assert layout.block_bytes == 3 * 4 * 8 * 4
+    _, host, cache, _ = both("float32", planes=1)
+    assert joined(host.outgoing([7])) == cache[7].numpy().tobytes()
+    second = joined(host.outgoing([7, 2], range(1, 2)))
+    assert second == cache[[7, 2], 1].numpy().tobytes()
+    restored = torch.zeros_like(cache)
+    target = HostBlocks(restored.view(-1).view(torch.uint8).numpy(), layout)
+    sent = joined(host.outgoing([7], compression="int8"))
+    assert len(sent) == 3 * 4 * (8 + 4)
+    with target.incoming([0], compression="int8") as (view,):
+        view[:] = sent
+    torch.testing.assert_close(restored[0], cache[7], rtol=0, atol=float(cache[7].abs().max()) / 200)
 
 
 def test_views_that_were_given_out_stay_as_they_are() -> None:
