@@ -1,0 +1,94 @@
+"""Mixture-of-experts models through the whole engine and between two workers: transformers' greedy tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.oracle import Oracle
+from tests.workers.test_worker import SECRET, Client, at_rest, remote, until, work
+from workers.config import EngineConfig, TransferConfig, WorkerConfig
+from workers.engine.engine import Engine
+from workers.models.catalog import prepare_model
+from workers.models.random_model import write_random_model
+from workers.protocol.messages import Prefill, PrefillDone, Sampling, Ticketed
+from workers.worker import Worker
+
+FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss"]
+GREEDY = Sampling(max_tokens=16, seed=1, temperature=0.0, ignore_eos=True)
+START = list(range(3, 60))
+PROMPTS = [[*START, 99, 98], [*START, 97], list(range(200, 120, -1)), [5, 6, 7], [40] * 20]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_model(tmp_path_factory.mktemp("m"), {"model_type": request.param}, seed=3)
+
+
+@pytest.fixture(scope="module")
+def oracle(model: Path) -> Oracle:
+    return Oracle(model)
+
+
+def settings(**engine: Any) -> EngineConfig:
+    return EngineConfig(
+        **(
+            {"device": "cpu", "dtype": "float32", "num_blocks": 64, "num_threads": 1, "max_num_seqs": 8}
+            | engine
+        )
+    )
+
+
+def test_the_engine_says_what_transformers_says(model: Path, oracle: Oracle) -> None:
+    """Prompts in chunks beside decoded tokens, and so few blocks that requests are preempted."""
+    engine = Engine(
+        settings(num_blocks=16, block_size=8, max_num_batched_tokens=24), prepare_model(str(model))
+    )
+    for _ in range(2):  # the second time out of the prefix cache, as far as it reaches
+        for prompt, answer in zip(PROMPTS, engine.generate(PROMPTS, GREEDY), strict=True):
+            assert len(answer.tokens) == 16
+            assert oracle.fault(prompt, answer.tokens) is None
+    assert engine.scheduler.preemptions > 0
+    assert engine.pool.num_referenced == 0
+    [again] = engine.generate([PROMPTS[2]], GREEDY)
+    assert oracle.fault(PROMPTS[2], again.tokens) is None
+    assert engine.scheduler.hit_tokens > 0
+
+
+@pytest.mark.parametrize("road", ["shm", "tcp"])
+def test_between_a_prefill_and_a_decode_worker(model: Path, oracle: Oracle, road: str) -> None:
+    workers = [
+        Worker(
+            WorkerConfig(
+                worker_id=role,
+                epoch=1,
+                role=role,  # type: ignore[arg-type]
+                model_path=model,
+                served_name="tiny",
+                cluster="c",
+                secret=SECRET,
+                heartbeat_s=0.1,
+                transfer=TransferConfig(channels=[road]),  # type: ignore[list-item]
+                engine=settings(max_num_batched_tokens=40),
+            )
+        )
+        for role in ("decode", "prefill")
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        d, p = workers
+        to_d, to_p = Client(d.info.address), Client(p.info.address)
+        w = work(list(range(3, 100)), max_tokens=12)
+        to_d.send(remote(w))
+        ticket = to_d.next(Ticketed).ticket
+        to_p.send(Prefill(w, ticket))
+        done = to_p.next(PrefillDone)
+        assert (done.channel, done.transfer_bytes) == (road, 7 * d.info.layout.block_bytes)
+        assert oracle.fault(w.prompt, to_d.tokens(w.request_id)) is None
+        until(lambda: at_rest(d) and at_rest(p))
+    finally:
+        for worker in workers:
+            worker.stop()
