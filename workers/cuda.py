@@ -41,7 +41,7 @@ class Stream(Protocol):
 
 
 class Communicator(Protocol):
-    """Of two ranks. `send` and `recv` are called by one thread, the others by any; all but `error` may block."""
+    """Of two or more ranks. `send` and `recv` are called by one thread, the others by any; all but `error` may block."""
 
     def send(self, address: int, num_bytes: int, peer: int, stream: Stream) -> None: ...
 
@@ -71,8 +71,11 @@ class Cuda(Protocol):
     def unique_id(self) -> bytes:
         """Of a communicator that is to be made."""
 
-    def join(self, device: torch.device, unique_id: bytes, rank: int) -> Communicator:
-        """Blocks until both ranks have joined, for ever if need be."""
+    def join(self, device: torch.device, unique_id: bytes, rank: int, ranks: int = 2) -> Communicator:
+        """Blocks until all ranks have joined, for ever if need be."""
+
+    def grouped(self) -> contextlib.AbstractContextManager[None]:
+        """What is sent and received within begins together, when it ends: the order of the peers can't block anybody."""
 
     def allocate(self, device: torch.device, num_bytes: int) -> int:
         """Zeros, in an allocation of their own."""
@@ -198,9 +201,18 @@ class CupyCuda:
         unique_id: bytes = _nccl().get_unique_id()
         return unique_id
 
-    def join(self, device: torch.device, unique_id: bytes, rank: int) -> Communicator:
+    def join(self, device: torch.device, unique_id: bytes, rank: int, ranks: int = 2) -> Communicator:
         self._at(device)
-        return _CupyCommunicator(_nccl().NcclCommunicator(2, unique_id, rank), device)
+        return _CupyCommunicator(_nccl().NcclCommunicator(ranks, unique_id, rank), device)
+
+    @contextlib.contextmanager
+    def grouped(self) -> Iterator[None]:
+        nccl = _nccl()
+        nccl.groupStart()
+        try:
+            yield
+        finally:
+            nccl.groupEnd()
 
     def allocate(self, device: torch.device, num_bytes: int) -> int:
         runtime = self._at(device)

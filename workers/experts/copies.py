@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +42,7 @@ class LayerCopies:
         # Ranks begin at different points, or they would all send their first token to the same copy.
         self._next = me / len(members)
 
-    def choose(self, experts: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    def choose(self, experts: NDArray[Any]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Logical experts [A] -> members [A], slots [A]."""
         if self._num_copies == 1:
             return self._member[experts, 0], self._slot[experts, 0]

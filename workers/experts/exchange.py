@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
 
 class GroupBroken(Exception):
     """A rank has died or failed during the step: it has not happened, and is run again in the next view."""
@@ -41,21 +43,26 @@ class Shape:
     """Of what travels. The most that one member ever sends bounds the memory."""
 
     hidden: int
-    dtype: str  # torch's name, of tokens and results
+    dtype: str  # torch's name, of tokens
+    result_dtype: str
     max_tokens: int  # in one step of one member
     top_k: int
     header: int = 4  # int64 words of `headers`
 
     @property
-    def item_bytes(self) -> int:
-        return 4 if self.dtype == "float32" else 2
+    def row_bytes(self) -> int:
+        return self.hidden * _ITEM_BYTES[self.dtype]
+
+    @property
+    def result_bytes(self) -> int:
+        """Of a row of results."""
+        return self.hidden * _ITEM_BYTES[self.result_dtype]
 
     @property
     def max_parcel_bytes(self) -> int:
         """Of ids and rows, or of results: every token of a step to one member, all its experts there."""
         assignments = self.max_tokens * self.top_k
-        row = self.hidden * self.item_bytes
-        return max(assignments * 8 + self.max_tokens * row, assignments * row)
+        return max(assignments * 8 + self.max_tokens * self.row_bytes, assignments * self.result_bytes)
 
 
 class Exchange(Protocol):
@@ -76,11 +83,14 @@ class Exchange(Protocol):
     def receive(self) -> list[Parcel | None]:
         """What the others have sent; valid until `combine` returns."""
 
+    def room(self, counts: Sequence[int]) -> list[Tensor | None]:
+        """[counts[member], H]: where what goes back may be written, so that `combine` need not copy it."""
+
     def combine(self, outputs: Sequence[Tensor | None]) -> None:
         """Send back one row for each of a parcel's ids, in their order: [A, H]. `results` must follow."""
 
     def results(self, counts: Sequence[int]) -> list[Tensor | None]:
-        """The others' answers to `dispatch`: [counts[member], H], valid until the next `dispatch`."""
+        """The others' answers to `dispatch`: [counts[member], H], valid until the next `dispatch` returns."""
 
     def abort(self) -> None:
         """From any thread: whoever waits here raises GroupBroken, and so does every later call."""

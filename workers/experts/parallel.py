@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,6 +39,25 @@ class Ranks(Protocol):
     def route(self, layer: int) -> Route: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """Where a step's assignments go: a = token * k + j is a token's j-th expert."""
+
+    order: NDArray[np.int64]  # [T * k] assignments, those of one member after the other
+    bound: list[Bound]  # by member
+    counts: list[int]  # by member, assignments
+
+    @staticmethod
+    def of(experts: NDArray[Any], copies: LayerCopies, size: int) -> Ways:
+        """experts [T, k], logical."""
+        members, slots = copies.choose(experts.reshape(-1))
+        order = np.argsort(members, kind="stable")
+        counts = np.bincount(members, minlength=size)
+        parts = np.split(order, np.cumsum(counts)[:-1])
+        bound = [_bound(part // experts.shape[1], slots[part]) for part in parts]
+        return Ways(order, bound, counts.tolist())
+
+
 class ParallelExperts:
     """Called with all of a step's tokens of this rank, none included: every member calls each layer once a step."""
 
@@ -54,26 +73,22 @@ class ParallelExperts:
     def start(self, x: Tensor, weights: Tensor, experts: Tensor) -> Callable[[], Tensor]:
         """Send the tokens; what is returned takes part in the rest. Work in between hides the way."""
         route, exchange = self._ranks.route(self._layer), self._ranks.exchange
-        chosen = experts.reshape(-1).cpu().numpy()
+        chosen = experts.cpu().numpy()
         self._counts.routed(self._layer, chosen)
-        members, slots = route.copies.choose(chosen)
-        order = np.argsort(members, kind="stable")
-        ends = np.cumsum(np.bincount(members, minlength=exchange.size))
-        mine = np.split(order, ends[:-1])  # by member, the assignments it gets
-        bound = [_bound(assignments // self._top_k, slots[assignments]) for assignments in mine]
-        exchange.dispatch(x, bound)
+        ways = Ways.of(chosen, route.copies, exchange.size)
+        exchange.dispatch(x, ways.bound)
 
         def finish() -> Tensor:
             parcels = exchange.receive()
-            own = bound[exchange.me]
+            own = ways.bound[exchange.me]
             rows = x.index_select(0, torch.from_numpy(own.tokens).to(x.device))
             parcels[exchange.me] = Parcel(own.ids, rows)
             outputs = self._compute(route, [parcel for parcel in parcels if parcel is not None])
             exchange.combine(outputs)
-            results = exchange.results([len(one.ids) for one in bound])
+            results = exchange.results(ways.counts)
             results[exchange.me] = outputs[exchange.me]
             back = torch.cat([result for result in results if result is not None])
-            return combine(back, torch.from_numpy(order).to(x.device), weights)
+            return combine(back, torch.from_numpy(ways.order).to(x.device), weights)
 
         return finish
 

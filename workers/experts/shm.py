@@ -68,7 +68,7 @@ class ShmExchange:
     def __init__(self, path: str, size: int, me: int, shape: Shape) -> None:
         """Raises OSError when the segment cannot be mapped, ValueError when it is not of this size."""
         self.size, self.me, self._shape = size, me, shape
-        self._dtype = getattr(torch, shape.dtype)
+        self._dtype, self._result_dtype = getattr(torch, shape.dtype), getattr(torch, shape.result_dtype)
         self._window_bytes = _window_bytes(shape)
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -124,19 +124,27 @@ class ShmExchange:
             parcels[member] = Parcel(*self._parts(window, num_ids, num_rows))
         return parcels
 
+    def room(self, counts: Sequence[int]) -> list[Tensor | None]:
+        room: list[Tensor | None] = [None] * self.size
+        for member in self._to:
+            room[member] = self._results(self._window(self.me, member, ahead=1), counts[member])
+        return room
+
     def combine(self, outputs: Sequence[Tensor | None]) -> None:
         self._begin()
         for member in self._to:
             output = outputs[member]
-            assert output is not None
-            self._rows(self._window(self.me, member), 0, len(output)).copy_(output)
+            assert output is not None, f"nothing goes back to member {member}"
+            window = self._results(self._window(self.me, member), len(output))
+            if window.data_ptr() != output.data_ptr():
+                window.copy_(output)
         self._announce()
 
     def results(self, counts: Sequence[int]) -> list[Tensor | None]:
         rows: list[Tensor | None] = [None] * self.size
         for member in self._from:
             self._await(member)
-            rows[member] = self._rows(self._window(member, self.me), 0, counts[member])
+            rows[member] = self._results(self._window(member, self.me), counts[member])
         return rows
 
     def abort(self) -> None:
@@ -175,9 +183,9 @@ class ShmExchange:
 
     # --- memory -----------------------------------------------------------------------------------------------------
 
-    def _window(self, sender: int, receiver: int) -> NDArray[np.uint8]:
-        """Of this round."""
-        number = (sender * self.size + receiver) * 2 + self._round % 2
+    def _window(self, sender: int, receiver: int, ahead: int = 0) -> NDArray[np.uint8]:
+        """Of this round, or of one that comes."""
+        number = (sender * self.size + receiver) * 2 + (self._round + ahead) % 2
         begin = _words_bytes(self.size) + number * self._window_bytes
         return self._bytes[begin : begin + self._window_bytes]
 
@@ -185,11 +193,12 @@ class ShmExchange:
         self, window: NDArray[np.uint8], num_ids: int, num_rows: int
     ) -> tuple[NDArray[np.int32], Tensor]:
         ids = window[_HEAD : _HEAD + 8 * num_ids].view(np.int32).reshape(num_ids, 2)
-        return ids, self._rows(window, 8 * num_ids, num_rows)
+        return ids, self._rows(window[_HEAD + 8 * num_ids :], num_rows, self._shape.row_bytes, self._dtype)
 
-    def _rows(self, window: NDArray[np.uint8], offset: int, count: int) -> Tensor:
-        begin = _HEAD + offset
-        end = begin + count * self._shape.hidden * self._shape.item_bytes
-        if end > len(window):
-            raise ValueError(f"{count} rows do not fit into a window of {len(window)} bytes")
-        return torch.from_numpy(window[begin:end]).view(self._dtype).view(count, self._shape.hidden)
+    def _results(self, window: NDArray[np.uint8], count: int) -> Tensor:
+        return self._rows(window[_HEAD:], count, self._shape.result_bytes, self._result_dtype)
+
+    def _rows(self, memory: NDArray[np.uint8], count: int, row_bytes: int, dtype: torch.dtype) -> Tensor:
+        if count * row_bytes > len(memory):
+            raise ValueError(f"{count} rows do not fit into a window of {self._window_bytes} bytes")
+        return torch.from_numpy(memory[: count * row_bytes]).view(dtype).view(count, self._shape.hidden)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -15,6 +17,7 @@ from kernels.reference_moe import combine, grouped_mlp, permute
 from workers.experts.copies import LayerCopies
 from workers.experts.counts import Counts
 from workers.experts.exchange import Exchange, Shape
+from workers.experts.gloo import GlooExchange, GlooStore
 from workers.experts.parallel import ParallelExperts, Route
 from workers.experts.shm import Segment, ShmExchange
 from workers.protocol.experts import Placement
@@ -74,7 +77,29 @@ def shm(size: int, shape: Shape) -> list[ShmExchange]:
         segment.close()
 
 
+def gloo(size: int, shape: Shape) -> list[GlooExchange]:
+    store = GlooStore("127.0.0.1", 20.0)
+    exchanges = at_once(
+        [partial(GlooExchange, store.at, "127.0.0.1", size, me, shape, 20.0) for me in range(size)]
+    )
+    store.close()
+    return exchanges
+
+
 def at_once(calls: Sequence[Callable[[], T]]) -> list[T]:
-    """Each in a thread of its own; raises what the first that failed has raised."""
-    with ThreadPoolExecutor(len(calls)) as pool:
-        return [future.result(timeout=60) for future in [pool.submit(call) for call in calls]]
+    """Each in a thread of its own; raises what the first that failed has raised, without waiting for the others."""
+    results: dict[int, Future[T]] = {index: Future() for index in range(len(calls))}
+
+    def run(index: int) -> None:
+        try:
+            results[index].set_result(calls[index]())
+        except BaseException as error:  # noqa: BLE001
+            results[index].set_exception(error)
+
+    for index in results:
+        threading.Thread(target=run, args=(index,), daemon=True).start()
+    wait(results.values(), timeout=60, return_when=FIRST_EXCEPTION)
+    for one in results.values():
+        if one.done() and (error := one.exception()) is not None:
+            raise error
+    return [one.result(timeout=0) for one in results.values()]

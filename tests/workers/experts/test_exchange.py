@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -14,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.workers.experts.ranks import Rank, Weights, at_once, shm
-from workers.experts.exchange import GroupBroken, Shape
+from tests.workers.experts.ranks import Rank, Weights, at_once, gloo, shm
+from workers.experts.exchange import Exchange, GroupBroken, Shape
 from workers.experts.shm import Segment, ShmExchange
 from workers.protocol.experts import Placement
 
@@ -37,17 +38,31 @@ def random_placement(num_experts: int, members: list[int], num_ranks: int, rng: 
     return placement
 
 
+DTYPES = st.sampled_from(["float32", "bfloat16"])
+
+
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**32), size=st.integers(1, 4), dtype=st.sampled_from(["float32", "bfloat16"]))
+@given(seed=st.integers(0, 2**32), size=st.integers(1, 4), dtype=DTYPES)
 def test_any_tokens_any_placement(seed: int, size: int, dtype: str) -> None:
+    check(shm, seed, size, dtype)
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**32), size=st.integers(2, 4), dtype=DTYPES)
+def test_over_gloo(seed: int, size: int, dtype: str) -> None:
+    check(gloo, seed, size, dtype)
+
+
+def check(exchanges: Callable[[int, Shape], Sequence[Exchange]], seed: int, size: int, dtype: str) -> None:
+    """Against one rank that has all experts, three steps."""
     rng = random.Random(seed)
     num_experts, num_ranks = rng.randint(size, 9), rng.randint(size, 5)
     top_k = rng.randint(1, min(3, num_experts))
     members = sorted(rng.sample(range(num_ranks), size))
     placement = random_placement(num_experts, members, num_ranks, rng)
     weights = Weights.random(num_experts, HIDDEN, INNER, getattr(torch, dtype), seed)
-    shape = Shape(HIDDEN, dtype, max_tokens=12, top_k=top_k)
-    ranks = [Rank(exchange, placement, weights, members, top_k) for exchange in shm(size, shape)]
+    shape = Shape(HIDDEN, dtype, dtype, max_tokens=12, top_k=top_k)
+    ranks = [Rank(exchange, placement, weights, members, top_k) for exchange in exchanges(size, shape)]
     generator = torch.Generator().manual_seed(seed)
 
     for _ in range(3):  # windows are used again
@@ -74,7 +89,7 @@ def test_any_tokens_any_placement(seed: int, size: int, dtype: str) -> None:
 def test_shares_are_kept_also_by_single_tokens() -> None:
     placement = Placement(1, (((0,), (0,)),), (((0.75,), (0.25,)),))
     weights = Weights.random(1, HIDDEN, INNER, torch.float32)
-    shape = Shape(HIDDEN, "float32", max_tokens=4, top_k=1)
+    shape = Shape(HIDDEN, "float32", "float32", max_tokens=4, top_k=1)
     ranks = [Rank(exchange, placement, weights, [0, 1], 1) for exchange in shm(2, shape)]
     one = torch.zeros(1, 1, dtype=torch.int64)
     for _ in range(200):
@@ -85,7 +100,7 @@ def test_shares_are_kept_also_by_single_tokens() -> None:
 
 
 def test_headers_meet() -> None:
-    exchanges = shm(3, Shape(HIDDEN, "float32", max_tokens=1, top_k=1, header=2))
+    exchanges = shm(3, Shape(HIDDEN, "float32", "float32", max_tokens=1, top_k=1, header=2))
     for turn in range(5):
         mine = [np.array([member, turn * 10 + member]) for member in range(3)]
         got = at_once(
@@ -96,7 +111,7 @@ def test_headers_meet() -> None:
 
 
 def test_whoever_waits_for_a_dead_one_is_woken_by_abort() -> None:
-    first, second, _ = shm(3, Shape(HIDDEN, "float32", max_tokens=1, top_k=1, header=1))
+    first, second, _ = shm(3, Shape(HIDDEN, "float32", "float32", max_tokens=1, top_k=1, header=1))
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(exchange.headers, np.zeros(1, np.int64)) for exchange in (first, second)]
         first.abort()
@@ -125,7 +140,7 @@ def _in_a_process(path: str, me: int, shape: Shape, placement: Placement, answer
 
 
 def test_between_processes() -> None:
-    shape = Shape(HIDDEN, "float32", max_tokens=8, top_k=2)
+    shape = Shape(HIDDEN, "float32", "float32", max_tokens=8, top_k=2)
     segment = Segment(3, shape)
     spawn = multiprocessing.get_context("spawn")
     answers = spawn.Queue()
@@ -148,6 +163,6 @@ def test_between_processes() -> None:
 
 
 def test_a_step_that_is_larger_than_the_windows_is_refused() -> None:
-    (first, _) = shm(2, Shape(HIDDEN, "float32", max_tokens=2, top_k=1, header=1))
+    (first, _) = shm(2, Shape(HIDDEN, "float32", "float32", max_tokens=2, top_k=1, header=1))
     with pytest.raises(ValueError, match="do not fit into a window"):
         first.combine([None, torch.zeros(5000, HIDDEN)])
