@@ -16,9 +16,10 @@ from typing import Any
 from bench.results import write_results
 from bench.simulate.capacity import capacity_per_s
 from bench.simulate.cluster import Cluster, ClusterConfig, Fault
+from bench.simulate.comparison import markdown, plot
 from bench.simulate.cost import CostError, StepCost
 from bench.simulate.defaults import H100_LLAMA2_70B, KV_TOKENS
-from bench.simulate.experiment import Cell, markdown, plot, run_cells
+from bench.simulate.experiment import Cell, run_cells
 from bench.simulate.index_stream import StreamConfig
 from bench.simulate.jobs import Asked
 from bench.simulate.network import Wires
@@ -71,6 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     policies.add_argument("--and-sessions", action="store_true", help="sessions too, beside --trace")
     policies.add_argument(
         "--per-worker", type=int, default=250, help="requests for each worker, as far as the trace goes"
+    )
+    policies.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        help="as many stretches of the trace, other sessions; medians are shown",
     )
     policies.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     policies.add_argument("--out", type=Path, default=Path("bench-out/simulate"))
@@ -283,9 +290,19 @@ def _run(given: argparse.Namespace) -> None:
 
 
 @functools.lru_cache(maxsize=2)
-def _read(path: Path, block_size: int, most: int, kv_tokens: int) -> list[Asked]:
+def _read(path: Path, block_size: int, most: int | None, kv_tokens: int) -> list[Asked]:
     read = read_azure if path.suffix == ".csv" else read_mooncake
     return _fitting(read(path, block_size, most), kv_tokens)
+
+
+def _stretch(
+    path: Path, block_size: int, whole: int | None, kv_tokens: int, most: int, at: float
+) -> list[Asked]:
+    """So many requests of the trace; `at`: 0 the first ones, 1 the last ones."""
+    trace = _read(path, block_size, whole, kv_tokens)
+    first = int(at * max(len(trace) - most, 0))
+    begin_s = trace[first].at_s
+    return [dataclasses.replace(asked, at_s=asked.at_s - begin_s) for asked in trace[first : first + most]]
 
 
 @functools.lru_cache(maxsize=2)
@@ -297,27 +314,31 @@ def _policies(given: argparse.Namespace) -> None:
     for shape in given.shapes:
         if shape not in ("split", "unified"):
             raise UsageError(f"--shapes {shape}: it must be split, unified or both")
-    if min(given.sizes) < 2 or min(given.loads) <= 0 or given.per_worker < 1 or given.processes < 1:
+    least = min(given.per_worker, given.processes, given.seeds)
+    if min(given.sizes) < 2 or min(given.loads) <= 0 or least < 1:
         raise UsageError(
-            "--sizes must be at least 2, --loads above 0, --per-worker and --processes at least 1"
+            "--sizes must be at least 2, --loads above 0, --per-worker, --processes and --seeds at least 1"
         )
     cells = []
     for workers in given.sizes:
         most = workers * given.per_worker
-        for name, size, trace in _sources(given, most):
-            for shape in given.shapes:
-                half = workers // 2
-                changes = (
-                    {"prefill": half, "decode": workers - half} if shape == "split" else {"decode": workers}
-                )
-                config = dataclasses.replace(config_of(given, "cost", size), **changes)
-                cells.append(Cell(name, workers, shape == "split", trace, config))
+        for seed in range(given.seeds):
+            for name, size, trace in _sources(given, most, seed):
+                for shape in given.shapes:
+                    half = workers // 2
+                    pools = {"prefill": half, "decode": workers - half}
+                    changes = pools if shape == "split" else {"decode": workers}
+                    config = dataclasses.replace(
+                        config_of(given, "cost", size), seed=given.seed + seed, **changes
+                    )
+                    cells.append(Cell(name, workers, shape == "split", seed, trace, config))
     rows = []
     slo = Slo(given.slo_ttft_s, given.slo_tpot_s)
     for row in run_cells(cells, given.policies, given.loads, slo, given.processes):
         rows.append(row)
         print(
-            f"{row['trace']} {row['workers']} {'split' if row['split'] else 'unified'} load {row['load']:g} "
+            f"{row['trace']} {row['workers']} {'split' if row['split'] else 'unified'} seed {row['seed']} "
+            f"load {row['load']:g} "
             f"{row['policy']}: hits {row['hits']:.3f} TTFT p99 {row['ttft_p99_s']:.2f} s",
             flush=True,
         )
@@ -333,20 +354,20 @@ def _policies(given: argparse.Namespace) -> None:
     write_results(given.out, "policies", found, markdown(found), plot)
 
 
-def _sources(given: argparse.Namespace, most: int) -> list[tuple[str, int, Any]]:
+def _sources(given: argparse.Namespace, most: int, seed: int) -> list[tuple[str, int, Any]]:
     """(name, block size, how to make it): the trace if one was given, and sessions."""
     found: list[tuple[str, int, Any]] = []
     if given.trace is not None:
         size = given.block_size or MOONCAKE_BLOCK
-        limit = min(most, given.requests or most)
-        found.append(
-            (given.trace.stem, size, functools.partial(_read, given.trace, size, limit, given.kv_tokens))
-        )
+        at = seed / max(given.seeds - 1, 1)
+        whole = most if given.seeds == 1 and given.requests is None else given.requests
+        stretch = functools.partial(_stretch, given.trace, size, whole, given.kv_tokens, most, at)
+        found.append((given.trace.stem, size, stretch))
     if given.trace is None or given.and_sessions:
         size = given.block_size or SESSION_BLOCK
         # Of 6 turns on the average; a few sessions more than are needed.
         count = given.sessions or -(-most // 5)
-        shape = SessionsShape(sessions=count, think_s=given.think_s, zipf=given.zipf, seed=given.seed)
+        shape = SessionsShape(sessions=count, think_s=given.think_s, zipf=given.zipf, seed=given.seed + seed)
         found.append(("sessions", size, functools.partial(_sessions, shape, size, most, given.kv_tokens)))
     return found
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bench.simulate.cluster import Cluster
-from bench.simulate.jobs import Job
+from bench.simulate.cluster import Cluster, ClusterConfig
+from bench.simulate.jobs import Asked, Job
 from bench.simulate.traces import endless_tokens
 from bench.simulate.worker import Worker
 from bench.spread import percentile
@@ -48,7 +48,7 @@ def summary(cluster: Cluster, slo: Slo) -> dict[str, Any]:
     prompt = sum(job.asked.prompt_tokens for job in finished)
     cached = sum(job.cached_tokens for job in finished)
     oracle = sum(job.oracle_tokens for job in finished)
-    endless = endless_tokens([job.asked for job in jobs], config.limits.block_size)
+    endless = sum(endless_tokens([job.asked for job in jobs], config.limits.block_size))
     lives = [*cluster.past, *cluster.workers]
     found = {
         "requests": outcomes,
@@ -89,6 +89,20 @@ def summary(cluster: Cluster, slo: Slo) -> dict[str, Any]:
         },
     }
     return {key: _rounded(value) for key, value in found.items()}
+
+
+def least_ttfts_s(trace: Sequence[Asked], config: ClusterConfig) -> list[float]:
+    """Seconds to compute what one endless cache would leave of each prompt, on a worker with nothing else to do: no
+    placement gives a shorter TTFT."""
+    cost, chunk = config.cost, (config.prefill_limits or config.limits).max_num_batched_tokens
+    found = []
+    for asked, saved in zip(trace, endless_tokens(trace, config.limits.block_size), strict=True):
+        seconds = 0.0
+        for start in range(saved, asked.prompt_tokens, chunk):
+            count = min(chunk, asked.prompt_tokens - start)
+            seconds += cost.step_s(count, count * (start + count / 2), 0, 0)
+        found.append(seconds)
+    return found
 
 
 def measured(cluster: Cluster, wall_s: float, cpu_s: float) -> dict[str, Any]:

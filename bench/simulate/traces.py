@@ -233,10 +233,11 @@ def rate_per_s(trace: Sequence[Asked]) -> float:
     return len(trace) / span
 
 
-def endless_tokens(trace: Sequence[Asked], block_size: int) -> int:
-    """Prompt tokens that one cache without an end, known to all at once, would save, in the order of the trace."""
+def endless_tokens(trace: Sequence[Asked], block_size: int) -> list[int]:
+    """Prompt tokens of each request that one cache without an end, known to all at once, would save, in the order of
+    the trace."""
     seen: set[bytes] = set()
-    saved = 0
+    saved = []
     for asked in trace:
         usable = (asked.prompt_tokens - 1) // block_size
         depth = 0
@@ -244,6 +245,6 @@ def endless_tokens(trace: Sequence[Asked], block_size: int) -> int:
             if block_hash not in seen:
                 break
             depth += 1
-        saved += depth
+        saved.append(depth * block_size)
         seen.update(asked.hashes)
-    return saved * block_size
+    return saved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 
 from bench.simulate.commands import main
-from bench.simulate.experiment import markdown, plot, verdicts
+from bench.simulate.comparison import markdown, plot, verdicts
 from bench.simulate.jobs import Asked, Job
+from bench.simulate.outcome import least_ttfts_s
 from bench.simulate.router import Attempt, Router, longest
 from bench.simulate.timeline import Timeline
 from bench.simulate.worker import Limits, Worker
@@ -82,9 +84,10 @@ def test_policies_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str
     plot(found, [])
 
 
-def row(policy: str, p99: float, load: float = 0.5) -> dict[str, Any]:
-    place = {"trace": "t", "workers": 8, "split": False, "load": load, "policy": policy}
-    return place | {"ttft_p99_s": p99, "of_oracle": 0.97, "own_of_oracle": 0.9}
+def row(policy: str, p99: float, load: float = 0.5, seed: int = 0) -> dict[str, Any]:
+    place = {"trace": "t", "workers": 8, "split": False, "load": load, "policy": policy, "seed": seed}
+    hits = {"hits": 0.3, "of_oracle": 0.97, "own_of_oracle": 0.9}
+    return place | hits | {"ttft_p99_s": p99, "least_ttft_p99_s": 0.5}
 
 
 def test_a_verdict_compares_with_the_best_of_the_others_and_not_with_the_oracle() -> None:
@@ -97,9 +100,22 @@ def test_a_verdict_compares_with_the_best_of_the_others_and_not_with_the_oracle(
     ]
     (verdict,) = verdicts(rows)
     assert verdict["best"] == "random"
-    assert verdict["best_over_ours"] == 1.5
-    assert verdict["round_robin_over_ours"] == 2.5
+    assert verdict["best_over_ours"] == [1.5]
+    assert verdict["round_robin_over_ours"] == [2.5]
+    assert verdict["round_robin_over_least"] == [10.0]
     assert verdict["of_oracle"] == 0.97
+
+
+def test_ratios_are_taken_seed_by_seed() -> None:
+    rows = [
+        row(policy, seconds[seed], seed=seed)
+        for policy, seconds in {"cost": (1, 10, 3), "round_robin": (2, 20, 9), "random": (1.1, 9, 6)}.items()
+        for seed in range(3)
+    ]
+    (verdict,) = verdicts(rows)
+    assert verdict["round_robin_over_ours"] == [2.0, 2.0, 3.0]
+    assert (verdict["best"], verdict["best_over_ours"]) == ("random", [1.1, 0.9, 2.0])
+    assert verdict["ttft_p99_s"] == 3
 
 
 def test_the_longest_prefix_by_looking_at_every_block() -> None:
@@ -153,3 +169,14 @@ def test_the_oracle_by_brute_force(
     cluster = simulate(config(fetching=fetching, num_blocks=80, **shape), trace())
     assert len(seen) == len(cluster.jobs)
     assert any(seen)
+
+
+@pytest.mark.parametrize("shape", [{"decode": 2}, {"prefill": 1, "decode": 1}], ids=str)
+@pytest.mark.parametrize("policy", ["cost", "oracle"])
+def test_no_placement_is_better_than_the_least_possible(shape: dict[str, int], policy: str) -> None:
+    # Turns one after the other, so that the order of the trace is that in which they come.
+    asked = [dataclasses.replace(one, at_s=float(n), after=None) for n, one in enumerate(trace())]
+    cluster = simulate(config(**shape, policy=policy, num_blocks=5000), asked)
+    least = least_ttfts_s(asked, cluster.config)
+    assert all(job.ttft_s >= seconds - 1e-9 for job, seconds in zip(cluster.jobs, least, strict=True))
+    assert any(job.ttft_s < 1.5 * seconds for job, seconds in zip(cluster.jobs, least, strict=True))
