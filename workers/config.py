@@ -177,6 +177,43 @@ class TransferConfig(Section):
     )
 
 
+class ExpertsConfig(Section):
+    """How the ranks of an expert-parallel replica work together (docs/experts.md)."""
+
+    exchange: Literal["auto", "shm", "gloo", "nccl"] = Field(
+        "auto",
+        description="how tokens travel between ranks; auto: nccl on GPUs, shm within a host, else gloo",
+    )
+    slots: int | None = Field(
+        None,
+        ge=1,
+        description="experts of one layer that a rank has memory for; null: so many that one rank may be lost",
+    )
+    staging: int = Field(
+        4,
+        ge=0,
+        description="experts, of all layers together, that a rank may hold besides while it loads others",
+    )
+    source: Literal["host", "peers"] = Field(
+        "host",
+        description="where a rank gets an expert that it lacks: the model's files, or ranks that have it",
+    )
+
+
+class ExpertRankConfig(Section):
+    """This worker's place in an expert-parallel group."""
+
+    group: str = Field(min_length=1)
+    rank: int = Field(ge=0)
+    size: int = Field(ge=2)
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if self.rank >= self.size:
+            raise ValueError(f"rank is {self.rank}, the group has ranks 0 to {self.size - 1}")
+        return self
+
+
 class WorkerConfig(Section):
     """Everything one worker process needs."""
 
@@ -196,3 +233,11 @@ class WorkerConfig(Section):
     )
     engine: EngineConfig = EngineConfig()
     transfer: TransferConfig = TransferConfig()
+    experts: ExpertsConfig = ExpertsConfig()
+    expert_rank: ExpertRankConfig | None = Field(None, description="null: all experts are in this worker")
+
+    @model_validator(mode="after")
+    def _ranks_find_each_other(self) -> Self:
+        if self.expert_rank is not None and self.redis_url is None:
+            raise ValueError("expert_rank is set, redis_url is not: ranks find each other through Redis")
+        return self
