@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from workers.protocol.messages import Load
+from workers.protocol.messages import Load, prefill_pairs
 
 _SAME_PACE = (
     0.15  # a pace that differs by less is the same: policies sort by it, and measuring is never quiet
@@ -173,11 +173,6 @@ class Booking:
         self._account.recent_requests(book.clock(), book.window_s)  # up to now with what there was until now
         change(self)
         book.on_change(self.worker_id)
-
-
-def prefill_pairs(tokens: int, prompt_tokens: int) -> int:
-    """Pairs of each of the last `tokens` of a prompt and a position that it attends to."""
-    return tokens * (2 * prompt_tokens - tokens) // 2
 
 
 class LoadBook:

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from bench.simulate.cost import StepCost
 from bench.simulate.jobs import Job
 from bench.simulate.timeline import Event, Timeline
-from router.load import prefill_pairs
 from workers.engine.block_pool import BlockPool
 from workers.engine.pace import Pace
-from workers.protocol.messages import Load, PeerStatus, Role, Room
+from workers.protocol.messages import Load, PeerStatus, Role, Room, prefill_pairs
 
 ROOT = bytes(16)  # the parent of a first block
 # Tokens: blocks are told to the router in this unit, so that its weights mean what they always mean.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice, zip_longest
 
@@ -23,7 +23,7 @@ from workers.engine.fill import Fill
 from workers.engine.plan import NOT_A_NUMBER, Plan, Sampled, Scheduled, StepResult, Verified
 from workers.engine.request import NewToken, Request, State
 from workers.protocol.hashes import extend_hashes
-from workers.protocol.messages import Room, TokenLogprobs
+from workers.protocol.messages import Room, TokenLogprobs, prefill_pairs
 
 
 class Scheduler:
@@ -204,9 +204,21 @@ class Scheduler:
     @property
     def queued_prefill_tokens(self) -> int:
         """Known tokens that are to be computed, without the one token that every running stream is ahead."""
-        behind = (r.num_tokens - r.num_computed_tokens for r in self.running)
-        waiting = sum(r.num_tokens - r.num_found_tokens for r in self.waiting)
-        return waiting + sum(count for count in behind if count > 1)
+        return sum(count for count, _ in self._queued())
+
+    @property
+    def queued_prefill_pairs(self) -> int:
+        """Of these and the positions that each will attend to."""
+        return sum(prefill_pairs(count, known) for count, known in self._queued())
+
+    def _queued(self) -> Iterator[tuple[int, int]]:
+        """(known tokens that are to be computed, known tokens)"""
+        for request in self.waiting:
+            yield request.num_tokens - request.num_found_tokens, request.num_tokens
+        for request in self.running:
+            behind = request.num_tokens - request.num_computed_tokens
+            if behind > 1:
+                yield behind, request.num_tokens
 
     # --- the step ---------------------------------------------------------------------------------------------------
 

@@ -187,9 +187,12 @@ class Room(Struct, frozen=True, array_like=True):
     tokens: int = 0  # of prompts that may wait to be computed there
 
     def covers(self, need: Room) -> bool:
-        return (
-            self.requests >= need.requests and self.blocks >= need.blocks and self.tokens >= need.tokens
-        )
+        return self.requests >= need.requests and self.blocks >= need.blocks and self.tokens >= need.tokens
+
+
+def prefill_pairs(tokens: int, prompt_tokens: int) -> int:
+    """Pairs of each of the last `tokens` of a prompt and a position that it attends to."""
+    return tokens * (2 * prompt_tokens - tokens) // 2
 
 
 class Load(Struct, frozen=True):
@@ -215,7 +218,8 @@ class Load(Struct, frozen=True):
     decode_step_s: float = 0.0  # seconds of a step that only decodes, measured lately; 0: not measured yet
     peers: dict[str, PeerStatus] = {}  # by worker_id: those that this worker sends blocks to
     room: Room | None = None  # None: it does not tell
-    prefill_pair_s: float = 0.0  # seconds that attention takes for a prompt token and a position, measured lately
+    # Seconds that attention takes for a prompt token and a position before it, measured lately; 0: not told apart yet.
+    prefill_pair_s: float = 0.0
     queued_prefill_pairs: int = 0  # of the queued prompt tokens and the positions that each will attend to
 
 
