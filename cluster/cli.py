@@ -282,6 +282,40 @@ def config(
     typer.echo(example_yaml() if example else effective_yaml(_load(config_file, settings, {})), nl=False)
 
 
+@app.command()
+def upcycle(
+    source: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Dense model: directory, GGUF file or hub id.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Where the new model goes.")],
+    groups: Annotated[int, typer.Option(min=1, help="Complete copies of each MLP among the experts.")] = 8,
+    slices: Annotated[
+        int, typer.Option(min=1, help="Experts that a copy is cut into, and that a token takes.")
+    ] = 2,
+    noise: Annotated[
+        float, typer.Option(min=0, help="Makes some groups hotter: spread of the router rows' lengths.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the permutations and the router.")] = 0,
+    dtype: Annotated[str, typer.Option(help="source, float32, bfloat16 or float16.")] = "source",
+) -> None:
+    """Turn a dense model into a mixture of experts with the same output, to run expert parallelism on."""
+    from workers.models.catalog import prepare_model
+    from workers.models.errors import ModelError
+    from workers.models.upcycle import Upcycling
+    from workers.models.upcycle import upcycle as run
+
+    console = Console(stderr=True, highlight=False)
+    say = console.print
+    with _told(ModelError):
+        how = Upcycling(groups, slices, noise, seed, dtype)  # type: ignore[arg-type]  # it checks the name
+        path = run(prepare_model(source, say=say).path, target, how, say)
+    console.print(
+        f"{path}: {how.num_experts} experts in each layer, a token takes {slices}. "
+        f"headrace serve --model {path}",
+        soft_wrap=True,
+    )
+
+
 # What follows the name is the benchmark's own, `--` included.
 @app.command(context_settings={"allow_interspersed_args": False})
 def bench(

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workers.models.checkpoint import INDEX_NAME
 from workers.models.errors import ModelError
 from workers.models.gguf_blocks import PLAIN_TYPES, READERS, KeptMatrix, write_blocks
 from workers.models.gguf_config import GgufConfig
 from workers.models.gguf_header import check_metadata
 from workers.models.gguf_tokenizer import write_tokenizer
+from workers.models.shard_writer import ShardWriter
 from workers.models.spec import DecoderSpec
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
-
-SHARD_BYTES = 2 * 1024**3
 
 _WHOLE_MODEL = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -111,50 +109,19 @@ def _write_tensors(
     say: Say,
 ) -> None:
     import torch
-    from safetensors.torch import save_file
 
     dtype: torch.dtype = getattr(torch, dtype_name)
     total = sum(int(tensor.n_elements) for tensor in reader.tensors) or 1
-    shards: list[list[str]] = []
-    shard: dict[str, torch.Tensor] = {}
-    shard_bytes = done = said = 0
-
-    def close_shard() -> None:
-        nonlocal shard_bytes
-        file = target / f"shard-{len(shards)}.safetensors"
-        save_file(shard, file, metadata={"format": "pt"})
-        file.chmod(0o644)  # it is written private; other users of a shared cache read it
-        shards.append(list(shard))
-        shard.clear()
-        shard_bytes = 0
-
-    for tensor in reader.tensors:
-        done += int(tensor.n_elements)
-        if tensor.name not in names:
-            continue
-        value = _dequantized(source, tensor, spec).to(dtype)
-        if shard_bytes + value.nbytes > SHARD_BYTES and shard:
-            close_shard()
-        shard[names[tensor.name]] = value
-        shard_bytes += value.nbytes
-        if (percent := done * 100 // total) >= said + 20:
-            said = percent - percent % 20
-            say(f"converting {source.name} ... {said}%")
-    close_shard()
-    _name_shards(target, shards)
-
-
-def _name_shards(target: Path, shards: list[list[str]]) -> None:
-    """Give the shards the names that transformers looks for, with an index where there are several."""
-    if len(shards) == 1:
-        (target / "shard-0.safetensors").rename(target / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, tensors in enumerate(shards):
-        name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        (target / f"shard-{number}.safetensors").rename(target / name)
-        weight_map |= dict.fromkeys(tensors, name)
-    (target / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2))
+    done = said = 0
+    with ShardWriter(target) as writer:
+        for tensor in reader.tensors:
+            done += int(tensor.n_elements)
+            if tensor.name not in names:
+                continue
+            writer.add(names[tensor.name], _dequantized(source, tensor, spec).to(dtype))
+            if (percent := done * 100 // total) >= said + 20:
+                said = percent - percent % 20
+                say(f"converting {source.name} ... {said}%")
 
 
 def _dequantized(source: Path, tensor: Any, spec: DecoderSpec) -> torch.Tensor:

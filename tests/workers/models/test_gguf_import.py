@@ -80,7 +80,7 @@ def test_quantized_becomes_bfloat16(tmp_path: Path) -> None:
 
 
 def test_large_models_are_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.models.gguf_import.SHARD_BYTES", 100_000)
+    monkeypatch.setattr("workers.models.shard_writer.SHARD_BYTES", 100_000)
     source = small(tmp_path / "hf")
     got = prepare(write_gguf(source, tmp_path / "m.gguf"))
     assert (got.path / "model.safetensors.index.json").is_file()
