@@ -13,8 +13,14 @@ from workers.device_memory import DevicePages
 from workers.engine.plan import Sampled
 from workers.engine.runner import TorchRunner
 from workers.engine.step_input import StepInput
+from workers.experts.exchange import Shape
+from workers.experts.group import ExpertModel
+from workers.experts.plane import ExpertPlane
+from workers.experts.torch_experts import TorchExperts
 from workers.models.catalog import PreparedModel
+from workers.models.checkpoint import read_json
 from workers.models.errors import NotHere
+from workers.models.moe import MakeExperts, local_experts
 from workers.models.spec import DecoderSpec
 from workers.protocol.messages import KvLayout
 from workers.shared_memory import SharedPages
@@ -51,7 +57,7 @@ class Runner(Protocol):
         """Of the step that is run next, to be asked from any thread. None: nobody can tell before its end."""
 
     def run(self, step: StepInput) -> list[Sampled]:
-        """One entry for each of `step.samples`."""
+        """One entry for each of `step.samples`. With experts on other ranks it raises GroupBroken."""
 
 
 class Backend(Protocol):
@@ -64,13 +70,16 @@ class Backend(Protocol):
         """Called once. `share_kv`: keep the KV cache in memory that other processes can map or open."""
 
 
-def open_backend(config: EngineConfig, model: PreparedModel) -> Backend:
-    """Load the weights. Raises ModelError, and ValueError for a setting that cannot be had here."""
+def open_backend(config: EngineConfig, model: PreparedModel, experts: ExpertPlane | None = None) -> Backend:
+    """Load the weights; routed experts are left to `experts`, which is equipped, where they are spread over ranks.
+
+    Raises ModelError, and ValueError for a setting that cannot be had here.
+    """
     from workers.engine.native_runner import NativeBackend
 
     device = choose_device(config.device)
     if device.type != "cpu" or config.kernels == "torch":
-        return TorchBackend(config, model, device)
+        return TorchBackend(config, model, device, experts)
     try:
         return NativeBackend(config, model)
     except NotHere as error:
@@ -81,13 +90,19 @@ def open_backend(config: EngineConfig, model: PreparedModel) -> Backend:
         logger.warning(
             "native CPU kernels are not used, torch takes their place, several times slower: %s", error
         )
-        return TorchBackend(config, model, device)
+        return TorchBackend(config, model, device, experts)
 
 
 class TorchBackend:
     """Eager torch on any device: the oracle, the GPU path, and what is left on a CPU without a compiler."""
 
-    def __init__(self, config: EngineConfig, model: PreparedModel, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: PreparedModel,
+        device: torch.device,
+        experts: ExpertPlane | None = None,
+    ) -> None:
         from workers.engine.sampler import Sampler
         from workers.models.decoder import load_decoder
 
@@ -95,15 +110,33 @@ class TorchBackend:
             raise ValueError(f"{setting} needs the native CPU kernels, this engine runs on torch; use auto")
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        self._decoder = load_decoder(
-            model.path, choose_dtype(config.dtype), device, max_positions=model.max_model_len
-        )
+        dtype = choose_dtype(config.dtype)
+        make = local_experts if experts is None else _spread(experts, config, model, dtype, device)
+        self._decoder = load_decoder(model.path, dtype, device, model.max_model_len, make)
         self._sampler = Sampler(frozenset(model.eos_token_ids))
-        dtype = str(self._decoder.dtype).removeprefix("torch.")
-        self.layout = kv_layout(self._decoder.spec, config.block_size, dtype, model.fingerprint)
+        self.layout = kv_layout(self._decoder.spec, config.block_size, _name(dtype), model.fingerprint)
 
     def runner(self, num_blocks: int, share_kv: bool = False) -> Runner:
         return TorchRunner(self._decoder, self._sampler, self.layout, num_blocks, share_kv)
+
+
+def _spread(
+    plane: ExpertPlane, config: EngineConfig, model: PreparedModel, dtype: torch.dtype, device: torch.device
+) -> MakeExperts:
+    """Experts that the plane's group places. Raises ValueError."""
+    spec = DecoderSpec.from_config(read_json(model.path / "config.json"))
+    slots = plane.slots(spec.moe)
+    assert spec.moe is not None
+    experts = TorchExperts(spec.moe, spec.hidden_size, dtype, device, slots)
+    name, most = _name(dtype), config.max_num_batched_tokens
+    shape = Shape(spec.hidden_size, name, name, most, spec.moe.top_k)
+    held = ExpertModel(sum(spec.moe.layers), spec.moe.num_experts, shape)
+    experts.ranks = plane.equip(held, slots, experts, device)
+    return experts.make
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _only_native(config: EngineConfig) -> str | None:

@@ -19,11 +19,15 @@ import torch
 from workers.config import EngineConfig
 from workers.engine.backend import LayersDone, open_backend
 from workers.engine.block_pool import BlockPool
+from workers.engine.pace import Pace
 from workers.engine.plan import Plan, StepResult
 from workers.engine.proposers import open_speculation
 from workers.engine.request import Request
 from workers.engine.scheduler import Scheduler
 from workers.engine.step_input import StepInput
+from workers.experts.exchange import GroupBroken
+from workers.experts.membership import GroupClosed
+from workers.experts.plane import ExpertPlane
 from workers.models.catalog import PreparedModel
 from workers.prefix_loader import PrefixLoader
 from workers.protocol.hashes import hash_root
@@ -54,13 +58,22 @@ class Completion:
 
 
 class Engine:
-    def __init__(self, config: EngineConfig, model: PreparedModel, *, share_kv: bool = False) -> None:
-        """`share_kv`: keep the KV cache in memory that other processes can map or open."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: PreparedModel,
+        *,
+        share_kv: bool = False,
+        experts: ExpertPlane | None = None,
+    ) -> None:
+        """`share_kv`: keep the KV cache in memory that other processes can map or open. `experts`: they are spread over
+        ranks, of which this engine is one."""
         if (config.max_model_len or 0) > model.max_model_len:
             raise ValueError(
                 f"engine.max_model_len is {config.max_model_len}, but the model goes up to {model.max_model_len}"
             )
-        backend = open_backend(config, model)
+        backend = open_backend(config, model, experts)
+        self._experts = experts
         self.layout = backend.layout
         self.num_blocks = config.num_blocks or int(config.kv_cache_memory) // self.layout.block_bytes
         if self.num_blocks == 0:
@@ -94,8 +107,7 @@ class Engine:
         self.runner = backend.runner(self.num_blocks, share_kv)
         self.speculation = open_speculation(config, model, self.num_blocks)
         self.tiers: Tiers | None = None
-        self.compute_token_s: float | None = None  # seconds to compute a prompt token, as measured lately
-        self.decode_step_s: float | None = None  # seconds of a step that only decodes, as measured lately
+        self.pace = Pace()
         self._prompt_tokens = 0
         self._output_tokens = 0
 
@@ -109,6 +121,11 @@ class Engine:
         if self.tiers is not None:
             self.tiers.close(self.pool.cached_blocks())
             self.attach(None)
+
+    @property
+    def compute_token_s(self) -> float | None:
+        """Seconds to compute a prompt token, as measured lately."""
+        return self.pace.token_s
 
     @property
     def device(self) -> torch.device:
@@ -128,16 +145,24 @@ class Engine:
             plan = self.scheduler.schedule()
             if plan.items:
                 begin(plan, self.runner.watch_next())
-        if not plan.items:
-            return False
         try:
+            if not self._has_turn(plan):
+                return False
+            if not plan.items:
+                self._serve_others()
+                return True
             plan = self._speculate(plan)
             began = time.perf_counter()
             sampled = self.runner.run(StepInput.of(plan, self.layout.block_size))
             seconds = time.perf_counter() - began
+        except GroupBroken as error:
+            self._abandon(plan, f"a step was broken off: {error}")  # and made again, into the same blocks
+            return True
+        except GroupClosed:
+            self._abandon(plan, "")
+            return False
         except Exception as error:
-            with self.lock:
-                self.scheduler.abandon(plan)
+            self._abandon(plan, f"a step failed: {error}")
             raise StepFailed([item.request for item in plan.items]) from error
         with self.lock:
             result = self.scheduler.update(plan, sampled)
@@ -149,17 +174,31 @@ class Engine:
             self.speculation.observe(plan, result, seconds)
         return True
 
+    def _has_turn(self, plan: Plan) -> bool:
+        """Whether there is a step to make: with experts on several ranks, on any of them."""
+        if self._experts is None:
+            return bool(plan.items)
+        return self._experts.group.begin(bool(plan.items))
+
+    def _serve_others(self) -> None:
+        """A step for the tokens of other ranks alone."""
+        assert self._experts is not None, "there was a step to make"
+        self._experts.idle()
+
+    def _abandon(self, plan: Plan, reason: str) -> None:
+        with self.lock:
+            self.scheduler.abandon(plan)
+        if self._experts is not None:
+            self._experts.group.end_view(reason)
+
     def _observe_pace(self, plan: Plan, seconds: float) -> None:
         """Of steps that mostly read prompts, and of those that only decode."""
         prompt_tokens = plan.num_tokens - plan.num_samples
         if prompt_tokens >= max(plan.num_samples, self.layout.block_size):
-            now = seconds / plan.num_tokens
-            before = self.compute_token_s or now
-            # A short prompt's step is mostly what any step costs: it says little about a longer one.
-            self.compute_token_s = before + 0.2 * min(prompt_tokens / 256, 1.0) * (now - before)
+            pairs = sum(item.count * (item.start + item.count / 2) for item in plan.items)
+            self.pace.prompts(plan.num_tokens, pairs, seconds)
         elif prompt_tokens == 0:
-            before = self.decode_step_s or seconds
-            self.decode_step_s = before + 0.2 * (seconds - before)
+            self.pace.decodes(seconds)
 
     def _speculate(self, plan: Plan) -> Plan:
         drafts = self.speculation.propose(plan) if self.speculation is not None else {}
@@ -198,6 +237,7 @@ class Engine:
                 waiting=len(scheduler.waiting),
                 reserved=scheduler.num_reserved,
                 queued_prefill_tokens=scheduler.queued_prefill_tokens,
+                queued_prefill_pairs=scheduler.queued_prefill_pairs,
                 active_blocks=pool.num_referenced,
                 cached_blocks=pool.num_cached,
                 free_blocks=pool.num_free,
@@ -208,8 +248,9 @@ class Engine:
                 preemptions=scheduler.preemptions,
                 drafted_tokens=scheduler.drafted_tokens,
                 accepted_tokens=scheduler.accepted_tokens,
-                prefill_token_s=self.compute_token_s or 0.0,
-                decode_step_s=self.decode_step_s or 0.0,
+                prefill_token_s=self.pace.token_s or 0.0,
+                prefill_pair_s=self.pace.pair_s,
+                decode_step_s=self.pace.decode_step_s or 0.0,
                 room=scheduler.room,
             )
 

@@ -97,8 +97,8 @@ class ExpertGroup:
             raise ValueError(
                 f"experts.slots is {slots}: {size} ranks hold {size * slots} of the {model.num_experts} experts of a layer"
             )
-        self._capacity = slots * model.num_layers + staging
-        self.holdings = Holdings(model.num_layers, source, self._capacity, on_wake)
+        self.capacity = slots * model.num_layers + staging
+        self.holdings = Holdings(model.num_layers, source, self.capacity, on_wake)
         self.views: Views | None = None
         self.exchange: Exchange
         self._hosted: Hosted | None = None
@@ -159,6 +159,17 @@ class ExpertGroup:
     def route(self, layer: int) -> Route:
         return self._routes[layer]
 
+    def holders(self, layer: int, expert: int) -> list[str]:
+        """Addresses of the other ranks that compute with it."""
+        view, now = self._view, self._now
+        if view is None:
+            return []
+        return [
+            member.address
+            for member in view.members
+            if member.rank != self._rank and expert in now.layers[layer][member.rank]
+        ]
+
     def _calls(self, has_work: bool) -> bool:
         """Whether this rank has something for all."""
         assert self.views is not None
@@ -204,7 +215,7 @@ class ExpertGroup:
         """Of all ranks, so that all come to the same verdict. Raises PlacementError."""
         for rank in self._ranks:
             now, then = ([ranks[rank] for ranks in one.layers] for one in (self._now, aim))
-            if lack := lack_of_room(now, then, self._capacity):
+            if lack := lack_of_room(now, then, self.capacity):
                 raise PlacementError(f"rank {rank}: {lack}")
 
     def _take_aim(self, aim: Placement) -> None:

@@ -330,7 +330,9 @@ class Membership:
         """A rank that looks for a leader, for as long as it stays. Raises OSError, ProtocolError."""
         member = join.member
         if member.fingerprint != self.me.fingerprint:
-            raise ProtocolError(f"{member.worker_id} has another model: its ranks can't compute with ours")
+            raise ProtocolError(
+                f"{member.worker_id} has another model or other settings of experts: it can't compute with this rank"
+            )
         self._acquaintances.meet(member)
         follower = _Follower(link, member, join.view)
         with self._changed:

@@ -25,7 +25,7 @@ class Member(Struct, frozen=True):
     epoch: int  # of the worker's life
     address: str  # host:port of its listener
     host_id: str  # the same: they can share memory
-    fingerprint: str  # of the model: ranks of different ones don't mix
+    fingerprint: str  # of the model and of what ranks must agree on: others don't mix
 
 
 class Meeting(Struct, frozen=True):
