@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,18 @@ import gguf
 import pytest
 from safetensors.torch import load_file
 
-from bench.engine.model_bytes import Work, decode_work, matrices, matrix_bytes, prefill_work, weight_bytes
+from bench.engine.model_bytes import (
+    Work,
+    decode_work,
+    experts_read,
+    matrices,
+    matrix_bytes,
+    prefill_work,
+    weight_bytes,
+)
 from workers.models.quantize import quantize_q8
 from workers.models.random_model import write_random_model
-from workers.models.spec import DecoderSpec
+from workers.models.spec import DecoderSpec, MoeSpec
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "tied"])
@@ -36,6 +45,32 @@ def test_floats_are_the_tensors_that_a_step_reads(model: Path) -> None:
     assert weight_bytes(spec, "fp32") == sum(tensor.nbytes for tensor in tensors.values())
     halves = sum(tensor.nbytes // (2 if tensor.ndim > 1 else 1) for tensor in tensors.values())
     assert weight_bytes(spec, "bf16") == halves
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"])
+def test_experts_and_latents(tmp_path: Path, family: str) -> None:
+    """All experts: what the file holds. A token: the experts that it takes."""
+    path = write_random_model(tmp_path, {"model_type": family, "num_hidden_layers": 3})
+    spec, tensors = spec_of(path), load_file(path / "model.safetensors")
+    moe = spec.moe
+    assert moe is not None
+    del tensors["model.embed_tokens.weight"]
+    assert weight_bytes(spec, "fp32") == sum(tensor.nbytes for tensor in tensors.values())
+    one = sum(tensor.nbytes for name, tensor in tensors.items() if ".2." in name and ".experts.0." in name)
+    left_out = (moe.num_experts - moe.top_k) * sum(moe.layers) * one
+    assert weight_bytes(spec, "fp32", 1) == pytest.approx(weight_bytes(spec, "fp32") - left_out)
+    assert weight_bytes(spec, "fp32", 1000) == pytest.approx(weight_bytes(spec, "fp32"))
+    taken = sum(rows * columns for rows, columns in matrices(spec)) * 4
+    vectors = sum(tensor.nbytes for tensor in tensors.values() if tensor.ndim == 1)
+    assert weight_bytes(spec, "fp32", 1) == pytest.approx(taken + vectors + spec.vocab_size * 64 * 4)
+
+
+def test_experts_of_a_batch_are_expected_by_chance() -> None:
+    """Against every way in which two tokens can take 2 of 4 experts each."""
+    moe = MoeSpec(layers=(True,), num_experts=4, top_k=2, intermediate_size=1)
+    pairs = [set(pair) for pair in itertools.combinations(range(4), 2)]
+    mean = sum(len(a | b) for a in pairs for b in pairs) / len(pairs) ** 2
+    assert experts_read(moe, 2) == pytest.approx(mean)
 
 
 def test_int8_is_what_the_quantizer_makes(model: Path) -> None:
