@@ -48,7 +48,7 @@ class Demand:
 class Score(NamedTuple):
     """One candidate and why it costs what it costs: cost = queued + prompt − credit + decode, in tokens of work.
 
-    A token of work is one prompt token on the fastest worker that there is.
+    A token of work is the first prompt token on the fastest worker that there is.
     """
 
     worker_id: str

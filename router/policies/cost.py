@@ -7,6 +7,8 @@
 * *Time, not only tokens.* Workers say how long a prompt token takes them. On one that is twice as slow as the fastest
   of its role, a token of queue or prompt counts twice; one that has not said anything yet counts as the fastest, so
   that it gets work and can measure.
+* *Attention.* A token costs more the more it attends to: n tokens are `n · (1 + attention · n / 2)` of work, and the
+  last u of them what they add to the others. What waits is counted the same way, and by what is left of it.
 * *Credit* is what cached tokens save: by tier, and in part for what can be fetched from another worker. It never
   falls when more is cached.
 * *Heat.* A popular prefix would draw every request to the worker that holds it, long after the queue there has eaten
@@ -28,6 +30,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from operator import attrgetter
 from typing import NamedTuple, TypeVar
 
@@ -46,6 +49,7 @@ _ENOUGH_EQUALS = 8  # equals to draw from: replicas that see the same must not a
 _WIDTH = 4  # of each role, that are paired with each other
 _SHOWN = 8  # candidates of each role, in Choice.scores
 _NEIGHBOURS = 1  # on the host of each of these
+_WAYS = 8  # that a guess of another one looks at
 # Requests in flight, on the time average, up to which a worker keeps its full credit, however idle the others are: a lone
 # conversation stays where its prefix is. A prefill worker has more than one only when they queue.
 _NEVER_HOT: dict[Role, float] = {"prefill": 0.25, "decode": 1.0}
@@ -366,7 +370,9 @@ class CostPolicy:
             return way.bytes_per_s
         if prefill.host and prefill.host == decode.host:
             return self._config.host_bytes_per_s
-        return self._config.network_bytes_per_s
+        # As the slowest of those that this P knows: a guess that is far too low would keep it from finding out.
+        known = [way.bytes_per_s for way in islice(prefill.peers.values(), _WAYS) if way.bytes_per_s > 0]
+        return min(known, default=self._config.network_bytes_per_s)
 
     def _local_prefill(self, workers: Ranked, prefill: _Weighed | None) -> _LocalPrefill:
         if prefill is None:

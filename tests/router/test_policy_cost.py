@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 from collections import Counter
 
 import pytest
@@ -165,6 +166,29 @@ def test_a_slower_worker_is_as_if_it_had_more_to_do():
     assert a.decode == pytest.approx(3 * 100 + 2 * 100), "its streams, and what the request itself brings"
 
 
+def test_tokens_cost_more_the_more_they_attend_to():
+    attention = 1e-3  # a position that is attended to costs a thousandth of a token
+    waits = WorkerView("p", "prefill", 500, 0, prefill_token_s=1e-4, queued_prefill_pairs=400_000)
+    asks = WorkerView("q", "prefill", 4000, 0, prefill_token_s=1e-4, prefill_pair_s=1e-4 * attention)
+    scores = policy(tier_credit={"remote": 0}).choose(demand(3200, q=100), [decode("d"), waits, asks]).scores
+    by_name = {score.worker_id: score for score in scores}
+    assert by_name["p"].queued == pytest.approx(500 + 400)
+    assert by_name["p"].prompt == pytest.approx(sum(1 + attention * (at + 0.5) for at in range(3200)))
+    last = sum(1 + attention * (at + 0.5) for at in range(1600, 3200))
+    assert by_name["q"].cost == pytest.approx(4000 + last), "it computes the end, which is the dearer half"
+    unknown = policy().choose(demand(3200), [decode("d"), waits]).scores
+    assert next(score.queued for score in unknown if score.worker_id == "p") == 500
+
+
+def test_what_will_be_fetched_is_not_work():
+    views = [decode("d"), prefill("p"), prefill("q", queued=5000)]
+    chosen = policy(fetch_min_tokens=64).choose(demand(1600, q=90), views).prefill
+    assert (chosen.worker_id, chosen.cached_tokens, chosen.uncached_tokens) == ("p", 0, 1600)
+    assert (chosen.fetch_tokens, chosen.prefill_tokens, chosen.prompt_tokens) == (1440, 160, 1600)
+    near = policy(fetch_min_tokens=64).choose(demand(1600, p=87, q=90), views).prefill
+    assert (near.worker_id, near.fetch_tokens, near.prefill_tokens) == ("p", 0, 1600 - 87 * 16)
+
+
 def test_credit_shrinks_with_heat_and_a_lone_conversation_stays():
     def views(hot: float, others: float) -> list[WorkerView]:
         return [
@@ -203,6 +227,10 @@ def test_the_way_between_prefill_and_decode_counts():
     # What was measured goes before what is only assumed of hosts.
     measured = [view("quick", "prefill", "c", d0=1e10), view("near", "prefill", "a", d0=1e9)]
     assert asked([far[0], *measured]) == ("d0", "quick", pytest.approx(1000 * 100_000 / 1e10 / 1e-4))
+    # A way that was never taken is thought to be as the slowest of those that were.
+    assert asked([far[0], view("p", "prefill", "c", d7=2e10, d8=5e9)])[2] == pytest.approx(
+        1000 * 100_000 / 5e9 / 1e-4
+    )
 
 
 def test_the_nearest_is_not_worth_any_queue():
@@ -245,6 +273,7 @@ WORKERS = st.lists(
         st.integers(0, 70),
         st.sampled_from([0.0, 1e-4, 2e-4, 5e-4]),
         st.floats(0, 8),
+        st.sampled_from([0.0, 1e-7, 3e-7]),
     ),
     min_size=1,
     max_size=60,
@@ -253,8 +282,17 @@ WORKERS = st.lists(
 
 def seen(workers: list[tuple], prompt: int) -> tuple[list[WorkerView], Demand]:
     views = [
-        WorkerView(f"{role[0]}{n}", role, queued, blocks, recent, token_s)
-        for n, (role, queued, blocks, _, token_s, recent) in enumerate(workers)
+        WorkerView(
+            f"{role[0]}{n}",
+            role,
+            queued,
+            blocks,
+            recent,
+            token_s,
+            queued_prefill_pairs=queued * 700,
+            prefill_pair_s=pair_s,
+        )
+        for n, (role, queued, blocks, _, token_s, recent, pair_s) in enumerate(workers)
     ]
     held = {
         view.worker_id: CachedPrefix(worker[3])
@@ -278,7 +316,11 @@ def test_no_pair_is_cheaper(workers, prompt):
         mean = sum(v.recent_requests for v in pool) / len(pool)
         heat = view.recent_requests / max(mean, 1 if view.role == "decode" else 0.25)
         cached = min(16 * asked.cached_blocks.get(view.worker_id, CachedPrefix(0)).blocks, prompt)
-        share = pace * (view.queued_prefill_tokens + prompt - cached * min(max(2 - heat, 0), 1))
+        told = [v.prefill_pair_s / v.prefill_token_s for v in pool if v.prefill_pair_s and v.prefill_token_s]
+        more = statistics.median(told) if told else 0
+        queued = view.queued_prefill_tokens * (1 + 700 * more)
+        own, saved = (prompt + more * prompt**2 / 2), (cached + more * cached**2 / 2)
+        share = pace * (queued + own - saved * min(max(2 - heat, 0), 1))
         shares[view.role].append(
             (share + (view.active_blocks if view.role == "decode" else 0), prompt - cached)
         )
