@@ -23,7 +23,7 @@ class Source(Protocol):
     """Where weights come from, and who computes with them."""
 
     def load(self, layer: int, expert: int) -> Any:
-        """Weights as `install` takes them. From any thread. Raises OSError, ValueError."""
+        """Weights as `install` takes them. From any thread."""
 
     def num_bytes(self) -> int:
         """Of one expert of one layer, as it is held."""
@@ -40,6 +40,7 @@ class Holdings:
         self._used: list[tuple[int, ...]] = [()] * num_layers  # by slot, what is computed with
         self._wanted: list[tuple[int, ...]] = [()] * num_layers
         self.ready = num_layers  # leading layers of what is wanted that are all here
+        self.most_held = 0  # experts at a time
         self.bytes_per_s = 0.0  # at which experts were loaded lately
         self._changed = threading.Condition()
         self._settling = False
@@ -52,7 +53,7 @@ class Holdings:
             self._changed.notify_all()
 
     def settle(self, used: Sequence[tuple[int, ...]]) -> None:
-        """Hold exactly these, now: no step runs meanwhile. Raises OSError, ValueError."""
+        """Hold exactly these, now: no step runs meanwhile. Raises what the source raises."""
         with self._changed:
             self._settling = True  # one of two loads
             self._used = list(used)
@@ -124,6 +125,7 @@ class Holdings:
         self.bytes_per_s += (0.2 if self.bytes_per_s else 1.0) * (rate - self.bytes_per_s)
         with self._changed:
             self._held[layer][expert] = weights
+            self.most_held = max(self.most_held, self.num_held())
             self._drop(layer)  # it may have been given up meanwhile
 
     def _run(self) -> None:
@@ -135,7 +137,7 @@ class Holdings:
                 return
             try:
                 self._load(*due)
-            except (OSError, ValueError) as error:
+            except Exception as error:  # noqa: BLE001 - whatever it was, the ranks go on with what they have
                 logger.warning("expert %d of layer %d could not be loaded: %s", due[1], due[0], error)
                 time.sleep(_RETRY_S)
                 continue

@@ -134,6 +134,7 @@ class Group:
         return RankEngine(self._model, self.board, rank, self._size, epoch, **self._settings)
 
     def __enter__(self) -> Group:
+        until(lambda: all(rank.group.status.view > 0 for rank in self.ranks), "the ranks do not meet")
         return self
 
     def __exit__(self, *_: object) -> None:
