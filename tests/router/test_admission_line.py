@@ -179,6 +179,32 @@ def test_idle_tenants_and_classes_are_forgotten() -> None:
 # --- bounds -------------------------------------------------------------------------------------------------------------
 
 
+def test_as_many_are_let_try_as_there_is_room_for() -> None:
+    def woken(**room: float) -> int:
+        queue = line()
+        full(queue, *(Entry(need_blocks=5, work=100.0) for _ in range(10)))
+        return len(queue.room(int(room.pop("blocks", 1000)), 0.0, **room))
+
+    assert woken() == 10
+    assert woken(blocks=16) == 3
+    assert woken(requests=4) == 4
+    assert woken(tokens=250) == 2
+    assert woken(blocks=3) == woken(tokens=7) == 1, "its need is an estimate: it may be cached"
+    assert woken(blocks=0) == woken(requests=0) == woken(tokens=0) == 0
+
+
+def test_when_they_are_placed_the_next_is_let_try() -> None:
+    queue = line()
+    entries = [Entry(need_blocks=5) for _ in range(4)]
+    full(queue, *entries)
+    assert queue.room(11, 0.0) == entries[:2]
+    assert queue.placed(entries[0], 0.0) == []
+    assert queue.placed(entries[1], 0.0) == [entries[2]], "there may have been more room than was told"
+    queue.no_room(entries[2], 0.0)
+    assert queue.waiting == 2
+    queue.check()
+
+
 def test_a_full_line_drops_the_last_of_whoever_has_most() -> None:
     queue = line({"flood": Share(1.0), "quiet": Share(1.0)}, max_queue=10)
     floods = [Entry("flood") for _ in range(10)]

@@ -37,6 +37,7 @@ from workers.protocol.messages import (
     PrefillDone,
     PrefixHolder,
     Reserve,
+    Room,
     Sampling,
     StatusReply,
     StatusRequest,
@@ -379,6 +380,39 @@ def test_busy_and_then_room(start: Start) -> None:
     client.next(Accepted)
     client.tokens(second.request_id)
     until(lambda: at_rest(worker))
+
+
+class Owner:
+    """A connection that keeps what is sent."""
+
+    def __init__(self) -> None:
+        self.got: list[Any] = []
+
+    def send(self, message: Any) -> None:
+        self.got.append(message)
+
+    def answers(self, kind: type) -> list[Any]:
+        return [message for message in self.got if isinstance(message, kind)]
+
+
+def test_who_was_refused_for_the_queue_hears_of_its_first_step(start: Start) -> None:
+    """Not at the end of a request only, and once however many steps follow."""
+    worker = start(max_num_batched_tokens=16, max_num_seqs=16)
+    serving, owner, told = worker.serving, Owner(), []
+    serving._on_room = lambda: told.append(serving.load())
+    with worker.engine.lock:  # no step is taken meanwhile
+        for number in range(5):
+            serving.reserve(owner, local(work([10 + number] * 12, max_tokens=60)))
+        assert not told
+        assert len(owner.answers(Accepted)) == 3
+        (refused, _) = owner.answers(Failed)
+        assert refused.code == "busy"
+        assert refused.lacks == Room(tokens=1)
+        assert "36 prompt tokens wait" in refused.message
+    until(lambda: at_rest(worker))
+    assert len(told) == 1
+    assert told[0].running, "nobody had ended"
+    assert told[0].room.covers(refused.lacks)
 
 
 def test_a_router_that_leaves_takes_its_requests_with_it(start: Start) -> None:

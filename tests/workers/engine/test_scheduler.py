@@ -11,7 +11,7 @@ from workers.engine.fill import Fill
 from workers.engine.plan import NOT_A_NUMBER, Plan, Sampled
 from workers.engine.request import Request, State
 from workers.engine.scheduler import Scheduler
-from workers.protocol.messages import Sampling, Work
+from workers.protocol.messages import Room, Sampling, Work
 
 BLOCK = 4
 ROOT = b"r" * 16
@@ -174,6 +174,60 @@ def test_reserve_refuses_without_room_and_holds_nothing() -> None:
     assert scheduler.pool.num_referenced == 2
     scheduler.cancel("fits")
     assert scheduler.pool.num_referenced == 0
+
+
+def test_as_much_may_wait_as_two_steps_compute() -> None:
+    """So that the engine always finds work, and everybody else waits where the line is fair."""
+    scheduler = make_scheduler(budget=16, max_num_seqs=100)
+    taken = 0
+    while (lacks := scheduler.lacks(make_request("probe", [9] * 12), computed_here=True)) is None:
+        scheduler.add(make_request(f"r{taken}", [taken] * 12))
+        taken += 1
+    assert taken == 3, "32 tokens and what goes beyond them"
+    assert lacks == Room(requests=0, blocks=0, tokens=1)
+    assert not scheduler.room.covers(lacks)
+    assert scheduler.lacks(make_request("probe", [9] * 12), computed_here=False) is None, (
+        "its KV comes from elsewhere"
+    )
+    plan = scheduler.schedule()
+    scheduler.update(plan, run(plan))
+    assert scheduler.room.covers(lacks)
+    assert scheduler.waiting, "there is work for the next step, whenever the router hears of the room"
+    run_to_end(scheduler)
+    assert scheduler.preemptions == 0
+
+
+def test_what_is_cached_does_not_fill_the_queue() -> None:
+    scheduler = make_scheduler(budget=16)
+    prompt = [1, 2, 3, 4] * 6
+    scheduler.add(make_request("first", prompt))
+    run_to_end(scheduler)
+    scheduler.add(make_request("again", prompt))
+    assert scheduler.queued_prefill_tokens == 4
+    assert scheduler.room.tokens == 28
+
+
+def test_blocks_of_those_that_wait_are_promised() -> None:
+    scheduler = make_scheduler(num_blocks=8)
+    scheduler.add(make_request("first", [1] * 17))
+    assert scheduler.room == Room(requests=7, blocks=3, tokens=15)
+    lacks = scheduler.lacks(make_request("second", [2] * 17), computed_here=True)
+    assert lacks == Room(requests=0, blocks=5, tokens=0)
+    assert scheduler.reserve(make_request("third", [3] * 12)) == 0
+    assert scheduler.lacks(make_request("fourth", [4]), computed_here=True) == Room(blocks=1)
+    scheduler.cancel("third")
+    scheduler.cancel("first")
+    assert scheduler.room.covers(lacks)
+
+
+def test_nobody_begins_what_it_would_have_to_give_up() -> None:
+    """The blocks that a long prompt will need are not given to the next one, which came to read a first chunk."""
+    scheduler = make_scheduler(num_blocks=12, budget=8)
+    scheduler.add(make_request("first", [1] * 32, max_tokens=1))
+    scheduler.add(make_request("second", [2] * 31, max_tokens=1))
+    tokens = run_to_end(scheduler)
+    assert sorted(tokens) == ["first", "second"]
+    assert scheduler.preemptions == 0
 
 
 def test_new_reservations_leave_room_for_those_that_were_preempted() -> None:
@@ -341,6 +395,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         if hasattr(self, "scheduler"):
             self.scheduler.check()
             assert self.scheduler.num_seats_taken <= self.scheduler.max_num_seqs
+
+    @invariant()
+    def who_is_refused_hears_of_room_when_there_is_some(self) -> None:
+        """What is told as lacking is lacking, and nothing else is."""
+        if not hasattr(self, "scheduler"):
+            return
+        for probe in (make_request("probe", [1, 2] * 5), make_request("probe", [3])):
+            lacks, room = self.scheduler.lacks(probe, computed_here=True), self.scheduler.room
+            assert (lacks is None) != (lacks is not None and not room.covers(lacks))
+            assert room.requests >= 0
+            if lacks is None:
+                assert room.covers(Room(1, 0, 1))
 
     @invariant()
     def tokens_are_right(self) -> None:
