@@ -227,10 +227,10 @@ class Router:
         began = time.thread_time()
         now = self._timeline.now
         excluded = {worker for worker, until in job.excluded.items() if until > now}
-        views = self.views(job.known_tokens // ROUTER_BLOCK + 1)
-        if isinstance(views, Usable) and next(iter(views.ranked("decode")), None) is None:
+        need = job.known_tokens // ROUTER_BLOCK + 1
+        if not any(link.worker.role == "decode" and link.may_take(need) for link in self.links.values()):
             return None
-        choice = self._policy.choose(self._demand(job), views, excluded)
+        choice = self._policy.choose(self._demand(job), self.views(need), excluded)
         self.decision_s.append(time.thread_time() - began)
         return choice
 
