@@ -152,9 +152,8 @@ async def test_at_overload_few_more_decisions_are_made_than_requests(valkey, pre
     """Those who wait are not woken to be refused: one refusal, and one decision, for each time that there is room."""
     admission = AdmissionConfig(queue_timeout_s=60, max_queue=1000)
     async with FakeCluster(valkey.url, admission=admission) as cluster:
-        await cluster.start(
-            decodes=3, prefills=prefills, num_blocks=40, step_s=0.002
-        )  # two or three at a time
+        # Two or three at a time on each, and many heartbeats in the time that one takes.
+        await cluster.start(decodes=6, prefills=prefills, num_blocks=40, step_s=0.01, heartbeat_s=0.01)
         policy, decisions = cluster.dispatcher._policy, 0
         choose = policy.choose
 
