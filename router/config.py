@@ -229,7 +229,7 @@ class ExpertsConfig(Section):
         30.0, ge=0, description="seconds between two placements, unless a rank died or came back"
     )
     max_moves: int | None = Field(
-        None, ge=1, description="experts of one layer that may be loaded at a time; null: any number"
+        None, ge=1, description="experts that may be loaded for one placement, over all layers; null: any number"
     )
     expert_share: float = Field(
         0.5,
