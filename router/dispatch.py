@@ -19,6 +19,7 @@ from router.attempt import Attempt, AttemptFailed
 from router.config import RouterConfig
 from router.discovery import Discovery
 from router.dispatch_metrics import DispatchMetrics, default_metrics
+from router.experts.entry import Experts
 from router.explain import Decisions, Trace
 from router.fleet import Fleet
 from router.generation import Generation, GenerationError, InvalidRequest, ModelInfo, TokenChunk, Unavailable
@@ -72,14 +73,19 @@ class Dispatcher:
             heartbeat_s=config.heartbeat_s,
             timeout_s=config.timeout_s,
             book=self.book,
-            on_room=lambda room: self.admission.room(
-                room.blocks, requests=room.requests, tokens=room.tokens
-            ),
+            on_room=lambda room: self.admission.room(room.blocks, requests=room.requests, tokens=room.tokens),
             on_late=self.metrics.late_messages.inc,
             standing=self._policy.standing if isinstance(self._policy, Sorts) else None,
         )
         self.discovery = Discovery(
             redis_url, cluster, fleet=self.fleet, index=self.index, metrics=self.metrics, poll_s=poll_s
+        )
+        self.experts = Experts(
+            config.experts,
+            redis_url=redis_url,
+            cluster=cluster,
+            router_id=self.router_id,
+            alive=lambda: {member.info.worker_id: member.info.epoch for member in self.fleet.members()},
         )
         self._max_attempts = config.admission.max_attempts
         self._lease_s = lease_s
@@ -94,10 +100,12 @@ class Dispatcher:
 
     async def start(self) -> None:
         await self.discovery.start()
+        await self.experts.start()
 
     async def stop(self) -> None:
         """Requests that are still open end with Unavailable; workers free what they hold for this replica."""
         self.admission.close()
+        await self.experts.stop()
         await self.discovery.stop()
         await self.fleet.close()
 
@@ -236,7 +244,12 @@ class Dispatcher:
     def _book_prefill(self, attempt: Attempt, score: Score) -> None:
         elsewhere = score.worker_id != attempt.decode.worker_id
         attempt.book_prefill(
-            self.book.book(score.worker_id, prefill_tokens=score.uncached_tokens, requests=int(elsewhere))
+            self.book.book(
+                score.worker_id,
+                prefill_tokens=score.prefill_tokens,
+                prompt_tokens=score.prompt_tokens,
+                requests=int(elsewhere),
+            )
         )
 
     def _placed(self, request: Request, turn: Turn) -> None:
@@ -355,6 +368,10 @@ class Dispatcher:
         if not traces:
             return None
         return {"router_id": self.router_id, "requests": [trace.as_dict() for trace in traces]}
+
+    async def experts_view(self) -> dict[str, Any]:
+        """What `headrace experts --json` prints."""
+        return await self.experts.view()
 
     async def worker_metrics(self) -> list[bytes]:
         """Prometheus text of each connected worker; one that does not answer in time is left out."""

@@ -110,5 +110,8 @@ class Dispatcher(Protocol):
     def explain(self, request_id: str) -> dict[str, Any] | None:
         """Why it went where it went: what `headrace explain --json` prints. None: not known here."""
 
+    async def experts_view(self) -> dict[str, Any]:
+        """Load and placement of experts: what `headrace experts --json` prints."""
+
     async def worker_metrics(self) -> list[bytes]:
         """Prometheus text of each connected worker."""

@@ -45,6 +45,8 @@ def create_app(front: Front) -> FastAPI:
         app.add_api_route(path, probe, methods=["HEAD"], include_in_schema=False)
     app.add_api_route("/metrics", operations.metrics, methods=["GET"])
     app.add_api_route("/cluster", operations.cluster, methods=["GET"])
+    app.add_api_route("/cluster/experts", operations.experts, methods=["GET"])
+    app.add_api_route("/cluster/experts/page", operations.experts_page, methods=["GET"])
     app.add_api_route("/cluster/requests/{request_id}", operations.explain, methods=["GET"])
 
     app.add_exception_handler(GenerationError, _generation_error)

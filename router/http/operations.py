@@ -1,9 +1,10 @@
-"""What operators and probes ask: /health, /ready, /metrics, /cluster."""
+"""What operators and probes ask: /health, /ready, /metrics, /cluster and what lies below it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from pathlib import Path
 
 import msgspec
 from fastapi import Request
@@ -20,6 +21,14 @@ logger = logging.getLogger(__name__)
 
 # Less than Prometheus' own time-out of 10 s: the router's metrics come even if a worker hangs.
 WORKER_METRICS_TIMEOUT_S = 5.0
+
+_EXPERTS_PAGE = (Path(__file__).parent / "experts_page.html").read_bytes()
+# It holds nothing but itself, and asks nobody but this router.
+_PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "cache-control": "no-store",
+}
 
 
 class Operations:
@@ -59,6 +68,15 @@ class Operations:
         """What `headrace status` prints."""
         status = await self._front.dispatcher.status()
         return Response(msgspec.json.encode(status), media_type="application/json")
+
+    async def experts(self) -> Response:
+        """What `headrace experts` prints: how busy experts are and where they live."""
+        view = await self._front.dispatcher.experts_view()
+        return Response(msgspec.json.encode(view), media_type="application/json")
+
+    async def experts_page(self) -> Response:
+        """The same as a picture that moves, for a browser. It asks for /cluster/experts with the key that it is given."""
+        return Response(_EXPERTS_PAGE, media_type="text/html; charset=utf-8", headers=_PAGE_HEADERS)
 
     async def explain(self, request: Request) -> Response:
         """What `headrace explain` prints: why a request went where it went."""

@@ -28,6 +28,7 @@ class FakeDispatcher:
         self.script: Script | None = None
         self.expositions: list[bytes] = []
         self.explained: dict[str, dict[str, Any]] = {}
+        self.experts: dict[str, Any] = {"groups": []}
         self.asked: list[Generation] = []
         self.open = 0
         self.closed_early: list[str] = []
@@ -43,6 +44,9 @@ class FakeDispatcher:
 
     def explain(self, request_id: str) -> dict[str, Any] | None:
         return self.explained.get(request_id)
+
+    async def experts_view(self) -> dict[str, Any]:
+        return self.experts
 
     async def worker_metrics(self) -> list[bytes]:
         return self.expositions

@@ -253,3 +253,27 @@ async def test_openapi_tells_of_the_bodies(app: FastAPI) -> None:
         assert schema["components"]["schemas"][name]["additionalProperties"] is False
         assert {"400", "429", "503"} <= set(operation["responses"])
     assert "422" not in schema["paths"]["/v1/models/{model_id}"]["get"]["responses"]
+
+
+async def test_experts_and_their_page(app: FastAPI, dispatcher: FakeDispatcher) -> None:
+    dispatcher.experts = {"router": "r", "groups": [{"group": "g", "load": [[1.0, 0.5]]}]}
+    async with over(app) as http:
+        assert (await http.get("/cluster/experts")).json() == dispatcher.experts
+        page = await http.get("/cluster/experts/page")
+        assert page.headers["content-type"].startswith("text/html")
+        policy = page.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "connect-src 'self'" in policy
+        # All that it needs is in it: the policy above would keep anything else out.
+        assert "src=" not in page.text
+        assert "href=" not in page.text
+
+
+async def test_only_operators_see_experts(front: Front) -> None:
+    config = RouterConfig(http=HttpConfig(api_keys=["mine"]), tenants=[{"name": "a", "api_keys": ["theirs"]}])
+    app = create_app(dataclasses.replace(front, tenants=Tenants(config)))
+    async with over(app) as http:
+        for path in ("/cluster/experts", "/cluster/experts/page"):
+            assert (await http.get(path)).status_code == 401
+            theirs = await http.get(path, headers={"authorization": "Bearer theirs"})
+            assert (theirs.status_code, theirs.json()["error"]["code"]) == (403, "permission_denied")
