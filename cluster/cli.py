@@ -232,6 +232,33 @@ def explain(
 
 
 @app.command()
+def experts(
+    url: Url = None,
+    cluster: ClusterName = None,
+    api_key: ApiKey = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what the router says, as JSON.")] = False,
+    top: Annotated[int, typer.Option(min=0, help="How many of the hottest experts to list.")] = 12,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a heat map there as well.")] = None,
+) -> None:
+    """Show which experts of a MoE model are hot, where their copies are, and what is done about it."""
+    import json
+
+    from cluster.experts_view import ExpertsError, draw_experts, fetch_experts, render_experts
+
+    with _told(ExpertsError):
+        found = fetch_experts(_find_url(url, cluster), api_key)
+        if png is not None:
+            draw_experts(found, png)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=200)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        console.print(render_experts(found, top))
+
+
+@app.command()
 def chat(
     url: Url = None,
     cluster: ClusterName = None,
