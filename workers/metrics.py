@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from workers.engine.request import Request
+from workers.experts.group import GroupStatus
 from workers.prefix_loader import Loaded
 from workers.protocol.messages import Load, PrefillDone
 from workers.tiers.stats import TierStats
@@ -80,6 +81,10 @@ class WorkerMetrics:
     def watch_tiers(self, stats: Callable[[], Mapping[str, TierStats]], block_bytes: int) -> None:
         """The same for the tiers below the device."""
         self.registry.register(_TierCollector(stats, block_bytes, self._values))
+
+    def watch_experts(self, status: Callable[[], GroupStatus]) -> None:
+        """The same for the group of ranks among which experts are spread."""
+        self.registry.register(_GroupCollector(status, self._values))
 
     def loaded(self, loaded: Loaded, num_tokens: int, num_bytes: int) -> None:
         values = (*self._values, loaded.source)
@@ -166,6 +171,30 @@ class _LoadCollector(Collector):
             counter = CounterMetricFamily(name, text, labels=_LABELS)
             counter.add_metric(self._values, value)
             yield counter
+
+
+class _GroupCollector(Collector):
+    def __init__(self, status: Callable[[], GroupStatus], values: tuple[str, ...]) -> None:
+        self._status, self._values = status, values
+
+    def collect(self) -> Iterable[Metric]:
+        status = self._status()
+        gauges: dict[str, tuple[str, float]] = {
+            "headrace_expert_group_members": (
+                "ranks that this one computes with, itself included",
+                len(status.members),
+            ),
+            "headrace_expert_group_view": ("grows when a rank is lost or comes", status.view),
+            "headrace_expert_group_version": ("of the placement of experts in use", status.version),
+            "headrace_expert_group_stranded": (
+                "1: the ranks that are there can't hold all experts",
+                status.lacking != "",
+            ),
+        }
+        for name, (text, value) in gauges.items():
+            gauge = GaugeMetricFamily(name, text, labels=_LABELS)
+            gauge.add_metric(self._values, value)
+            yield gauge
 
 
 class _TierCollector(Collector):

@@ -78,6 +78,7 @@ class Serving:
             set()
         )  # what it was that requests found too little of, since routers were told of room
         self._draining = False
+        self._stranded = ""  # why nothing can be computed for now
         self._owners: dict[str, Owner] = {}
         self._wake = threading.Event()
         self._stopping = False
@@ -118,8 +119,9 @@ class Serving:
 
     def load(self) -> Load:
         with self._engine.lock:
-            handoffs = self.handoffs
-            return msgspec.structs.replace(self._engine.load(), sending=len(handoffs), peers=handoffs.peers())
+            handoffs, load = self.handoffs, self._engine.load()
+            room = Room() if self._stranded else load.room
+            return msgspec.structs.replace(load, sending=len(handoffs), peers=handoffs.peers(), room=room)
 
     def num_requests(self) -> int:
         with self._engine.lock:
@@ -235,9 +237,31 @@ class Serving:
         """Take nothing new; what is here goes on."""
         self._draining = True
 
+    def strand(self, reason: str) -> None:
+        """Nothing can be computed for now: what is here goes on elsewhere, and nothing new is taken."""
+        with self._engine.lock:
+            self._stranded = reason
+            for request_id in list(self._owners):
+                for holder in (self.tickets, self.handoffs, self._engine.scheduler):
+                    holder.cancel(request_id)
+                self._fail(request_id, "busy", reason)
+
+    def unstrand(self) -> None:
+        with self._engine.lock:
+            self._stranded = ""
+            self._room()
+            self._wake.set()
+
+    def wake(self) -> None:
+        """The engine has something to do that is not in its queue."""
+        self._wake.set()
+
     def _may_take(self, owner: Owner, request_id: str) -> bool:
         if self._draining:
             owner.send(Failed(request_id, "draining", "this worker is about to stop"))
+        elif self._stranded:
+            self._refused.add(lacks := Room(requests=1))
+            owner.send(Failed(request_id, "busy", self._stranded, lacks))
         elif request_id in self._owners or request_id in self._engine.scheduler.requests:
             owner.send(Failed(request_id, "internal", f"request {request_id} is already here"))
         else:
@@ -256,7 +280,7 @@ class Serving:
 
     def _room(self) -> None:
         """At most one message for each request that was refused."""
-        if not self._refused:
+        if not self._refused or self._stranded:
             return
         room = self._engine.scheduler.room
         if any(room.covers(lacks) for lacks in self._refused):

@@ -12,6 +12,9 @@ import time
 
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
+from workers.experts.board import RankBoard
+from workers.experts.directory import RedisDirectory
+from workers.experts.plane import ExpertPlane, Place
 from workers.metrics import WorkerMetrics
 from workers.models.catalog import prepare_model
 from workers.protocol.messages import StatusReply, StatusRequest, WorkerInfo
@@ -22,10 +25,12 @@ from workers.tiers.tiers import open_tiers
 from workers.token_server import TokenServer
 from workers.transfer.block_memory import block_memory
 from workers.transfer.receiver import Receiver
+from workers.transfer.shm import host_id
 
 logger = logging.getLogger(__name__)
 
 _DRAIN_POLL_S = 0.1
+_MEET_POLL_S = 0.02
 
 
 class Worker:
@@ -34,6 +39,8 @@ class Worker:
         self._stopped = threading.Event()
         self._publisher: Publisher | None = None
         self._receiver: Receiver | None = None
+        self._experts: ExpertPlane | None = None
+        self._board: RankBoard | None = None
 
     def start(self) -> WorkerInfo:
         """Load the model, open the ports, register. Raises ModelError, ValueError, OSError."""
@@ -50,7 +57,10 @@ class Worker:
         address = self._server.bind()
         # Whoever sends most of its blocks keeps them where receivers on this host can read them in place.
         share = config.role == "prefill" and not {"shm", "cuda_ipc"}.isdisjoint(config.transfer.channels)
-        self.engine = Engine(config.engine, prepare_model(str(config.model_path)), share_kv=share)
+        self._experts = _expert_plane(config)
+        self.engine = Engine(
+            config.engine, prepare_model(str(config.model_path)), share_kv=share, experts=self._experts
+        )
         runner = self.engine.runner
         memories = [block_memory(runner.kv_cache, self.engine.layout, runner.shared)]
         self.engine.attach(
@@ -95,7 +105,11 @@ class Worker:
                 lease_s=config.timeout_s,
                 snapshot=self._snapshot,
             )
+        if self._experts is not None:
+            self._join_group(self._experts)
         self.serving.start()
+        if self._experts is not None:
+            self._await_group(self._experts)
         self._server.start(self.serving, self.info)
         if self._publisher is not None:
             self._publisher.start()
@@ -128,6 +142,10 @@ class Worker:
         if self._publisher is not None:
             self._publisher.close()
         self._server.stop()
+        if self._board is not None:
+            self._board.close()
+        if self._experts is not None:
+            self._experts.close()
         self.serving.stop()
         if self._receiver is not None:
             self._receiver.stop()
@@ -145,6 +163,24 @@ class Worker:
                 hashes=list({h: None for h, _, _ in self.engine.cached()}) if request.want_hashes else [],
                 metrics=self._metrics.text() if request.want_metrics else b"",
             )
+
+    def _join_group(self, experts: ExpertPlane) -> None:
+        experts.on_wake = self.serving.wake
+        experts.group.on_lacking, experts.group.on_whole = self.serving.strand, self.serving.unstrand
+        self._metrics.watch_experts(lambda: experts.group.status)
+        experts.start(self.info)
+        config = self.config
+        assert config.redis_url is not None, "the configuration has seen to it"
+        node, beat_s = host_id(), config.heartbeat_s
+        self._board = RankBoard(experts, config.role, config.redis_url, config.cluster, node, beat_s)
+        self._board.start()
+
+    def _await_group(self, experts: ExpertPlane) -> None:
+        """Until all ranks have met: nobody is told of this one before."""
+        while experts.group.status.view == 0:
+            if self.serving.failure is not None:
+                raise RuntimeError("the engine died") from self.serving.failure
+            time.sleep(_MEET_POLL_S)
 
     def _describe(self, address: str) -> WorkerInfo:
         engine = self.engine
@@ -174,3 +210,20 @@ class Worker:
         with self.engine.lock:
             self.serving.publish_cache()
             return self.engine.cached()
+
+
+def _expert_plane(config: WorkerConfig) -> ExpertPlane | None:
+    """None: all experts are here, if there are any."""
+    rank = config.expert_rank
+    if rank is None:
+        return None
+    assert config.redis_url is not None, "the configuration has seen to it"
+    return ExpertPlane(
+        Place(rank.group, rank.rank, rank.size, config.worker_id, config.epoch),
+        config.experts,
+        RedisDirectory(config.redis_url, config.cluster, rank.group),
+        host=config.transfer.host,
+        secret=config.secret.encode(),
+        heartbeat_s=config.heartbeat_s,
+        timeout_s=config.timeout_s,
+    )

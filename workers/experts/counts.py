@@ -18,6 +18,14 @@ class Counted:
     steps: int  # with own tokens
     expert_s: float  # spent on experts
 
+    def plus(self, other: Counted) -> Counted:
+        return Counted(
+            self.routed + other.routed,
+            self.computed + other.computed,
+            self.steps + other.steps,
+            self.expert_s + other.expert_s,
+        )
+
 
 class Counts:
     """Written by the engine's thread, taken by another."""
@@ -35,16 +43,13 @@ class Counts:
     def routed(self, layer: int, experts: NDArray[np.int64]) -> None:
         """Logical experts of the step's own tokens, in any shape."""
         with self._lock:
+            self._steps += layer == 0 and experts.size > 0
             self._routed[layer] += np.bincount(experts.reshape(-1), minlength=self._routed.shape[1])
 
     def computed(self, layer: int, by_slot: NDArray[np.int64], seconds: float) -> None:
         with self._lock:
             self._computed[layer, : len(by_slot)] += by_slot
             self._expert_s += seconds
-
-    def stepped(self) -> None:
-        with self._lock:
-            self._steps += 1
 
     def take(self) -> Counted:
         with self._lock:

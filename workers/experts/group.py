@@ -91,8 +91,8 @@ class ExpertGroup:
         on_wake: Callable[[], None],
     ) -> None:
         """`slots`: experts of a layer that a rank has memory for. Raises ValueError when all ranks can't hold all."""
-        self._rank, self._size, self._slots = rank, size, slots
-        self._model, self._host, self._on_wake = model, host, on_wake
+        self._rank, self._size, self.slots = rank, size, slots
+        self.model, self._host, self._on_wake = model, host, on_wake
         if size * slots < model.num_experts:
             raise ValueError(
                 f"experts.slots is {slots}: {size} ranks hold {size * slots} of the {model.num_experts} experts of a layer"
@@ -113,6 +113,7 @@ class ExpertGroup:
         self._routes: list[Route] = []
         self._lacking, self._refused, self._reason = "the ranks have not met so far", 0, ""
         self.on_lacking: Callable[[str], None] = lambda reason: None
+        self.on_whole: Callable[[], None] = lambda: None  # there is a view again
         self.status = self._status()
 
     def close(self) -> None:
@@ -200,8 +201,8 @@ class ExpertGroup:
         if proposed is None or proposed.version <= max(self._wanted.version, self._refused):
             return
         try:
-            proposed.validate(self._model.num_experts, [self._slots] * self._size, self._model.num_layers)
-            aim = over_members(proposed, self._model.num_experts, self._ranks, self._slots)
+            proposed.validate(self.model.num_experts, [self.slots] * self._size, self.model.num_layers)
+            aim = over_members(proposed, self.model.num_experts, self._ranks, self.slots)
             self._check_room(aim)
         except PlacementError as error:
             self._refused, self._reason = proposed.version, str(error)
@@ -236,13 +237,13 @@ class ExpertGroup:
             self.holdings.use(layer, self._aim.layers[layer][self._rank])
             self._routes[layer] = self._new_route(layer)
         self._switched = ready
-        if ready == self._model.num_layers and changed:
+        if ready == self.model.num_layers and changed:
             logger.info("placement %d is in use", self._now.version)
         self.status = self._status()
 
     def _new_route(self, layer: int) -> Route:
         members = self._ranks
-        copies = LayerCopies(self._now, layer, self._model.num_experts, members, members.index(self._rank))
+        copies = LayerCopies(self._now, layer, self.model.num_experts, members, members.index(self._rank))
         return Route(copies, self.holdings.install(layer), len(self._now.layers[layer][self._rank]))
 
     def _mine(self, placement: Placement) -> list[tuple[int, ...]]:
@@ -263,18 +264,19 @@ class ExpertGroup:
             self._wanted = view.wanted
         self._view, self._now = view, view.placement
         self.holdings.settle(self._mine(self._now))
-        self.exchange = open_exchange(view, self._rank, self._model.shape, self._host)
+        self.exchange = open_exchange(view, self._rank, self.model.shape, self._host)
         if self.views.ended:  # before there was anything to abort
             self.exchange.abort()
-        self._routes = [self._new_route(layer) for layer in range(self._model.num_layers)]
+        self._routes = [self._new_route(layer) for layer in range(self.model.num_layers)]
         self._turn, self._idle, self._announced, self._lacking = 0, True, (-1, -1), ""
         self._take_aim(self._nearest())
         self.status = self._status()
         logger.info("view %d of the expert group: ranks %s", view.number, view.ranks)
+        self.on_whole()
 
     def _nearest(self) -> Placement:
         """To what is wanted, of what these members can come to."""
-        aim = over_members(self._wanted, self._model.num_experts, self._ranks, self._slots)
+        aim = over_members(self._wanted, self.model.num_experts, self._ranks, self.slots)
         try:
             self._check_room(aim)
         except PlacementError as error:
@@ -286,12 +288,12 @@ class ExpertGroup:
         """The next view, when this rank leads it. Raises Stranded."""
         ranks = [member.rank for member in members]
         try:
-            placement = over_members(self._now, self._model.num_experts, ranks, self._slots)
+            placement = over_members(self._now, self.model.num_experts, ranks, self.slots)
         except PlacementError as error:
             raise Stranded(str(error)) from None
         if self._hosted is not None:
             self._hosted.close()
-        self._hosted = self._host.meeting(members, self._model.shape)
+        self._hosted = self._host.meeting(members, self.model.shape)
         return View(number, tuple(members), placement, self._wanted, self._hosted.meeting)
 
     def lacking(self, reason: str) -> None:
@@ -302,7 +304,7 @@ class ExpertGroup:
         self.on_lacking(reason)
 
     def _status(self) -> GroupStatus:
-        done = self._view is not None and self._switched == self._model.num_layers
+        done = self._view is not None and self._switched == self.model.num_layers
         shares = self._now.shares
         return GroupStatus(
             view=0 if self._view is None else self._view.number,
@@ -312,7 +314,7 @@ class ExpertGroup:
             shares=None if shares is None else tuple(ranks[self._rank] for ranks in shares),
             lacking=self._lacking,
             ready=self._aim.version
-            if done or self.holdings.ready == self._model.num_layers
+            if done or self.holdings.ready == self.model.num_layers
             else self._now.version,
             refused=self._refused,
             reason=self._reason,

@@ -40,6 +40,7 @@ class Holdings:
         self._used: list[tuple[int, ...]] = [()] * num_layers  # by slot, what is computed with
         self._wanted: list[tuple[int, ...]] = [()] * num_layers
         self.ready = num_layers  # leading layers of what is wanted that are all here
+        self.expert_bytes = source.num_bytes()
         self.most_held = 0  # experts at a time
         self.bytes_per_s = 0.0  # at which experts were loaded lately
         self._changed = threading.Condition()
@@ -121,7 +122,7 @@ class Holdings:
     def _load(self, layer: int, expert: int) -> None:
         began = time.monotonic()
         weights = self._source.load(layer, expert)
-        rate = self._source.num_bytes() / max(time.monotonic() - began, 1e-6)
+        rate = self.expert_bytes / max(time.monotonic() - began, 1e-6)
         self.bytes_per_s += (0.2 if self.bytes_per_s else 1.0) * (rate - self.bytes_per_s)
         with self._changed:
             self._held[layer][expert] = weights
