@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ByteSize, Field, ValidationError
 from cluster.config_errors import ConfigError, explain
 from cluster.config_source import Source, merge_overrides, read_source
 from router.config import RouterConfig
-from workers.config import EngineConfig, Section, SpeculationConfig, TransferConfig
+from workers.config import EngineConfig, ExpertsConfig, Section, SpeculationConfig, TransferConfig
 from workers.protocol.messages import Role
 from workers.protocol.redis_address import MAX_PARTITIONS, RedisAddress, parse_node, with_credentials
 
@@ -101,6 +101,21 @@ class PoolConfig(Section):
         None, ge=0, description="GPUs of one replica; null: one, or a fair share of those there are, or none"
     )
     num_cpus: float | None = Field(None, ge=0, description="CPUs Ray books for one replica; null: 1")
+    expert_parallel: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="workers among which the experts of a MoE model are spread (docs/experts.md); 1: each has all of them",
+    )
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> Self:
+        if self.replicas % self.expert_parallel:
+            raise ValueError(
+                f"replicas is {self.replicas}, expert_parallel is {self.expert_parallel}: "
+                "it must divide the number of workers"
+            )
+        return self
 
 
 class PrefillPool(PoolConfig):
@@ -383,6 +398,7 @@ class ClusterConfig(Section):
     pools: PoolsConfig = PoolsConfig()
     worker: WorkerSection = WorkerSection()
     transfer: TransferConfig = TransferConfig()
+    experts: ExpertsConfig = ExpertsConfig()
     router: RouterConfig = RouterConfig()
     redis: RedisConfig = RedisConfig()
     ray: RayConfig = RayConfig()
@@ -430,6 +446,11 @@ class ClusterConfig(Section):
         roles: tuple[Role, ...] = ("prefill", "decode")
         for role in roles:
             bounds, replicas = self.planner.bounds(role), self.pool(role).replicas
+            if self.planner.apply and (size := self.pool(role).expert_parallel) > 1:
+                raise ValueError(
+                    f"pools.{role}.expert_parallel is {size}: the planner can't start and end such workers; "
+                    "set planner.apply to false"
+                )
             if self.planner.apply and replicas and not bounds.min <= replicas <= (bounds.max or replicas):
                 raise ValueError(
                     f"pools.{role}.replicas is {replicas}: it must lie in planner.{role}.min … max "

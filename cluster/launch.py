@@ -235,6 +235,8 @@ class Cluster:
             timeout_s=self.config.worker.timeout_s,
             engine=replica.engine.model_copy(update={"num_threads": num_threads}),
             transfer=self.config.transfer,
+            experts=self.config.experts,
+            expert_rank=replica.expert_rank,
         ).model_dump_json()
 
     def _model_path(self, model: Prepared) -> Path:

@@ -53,7 +53,7 @@ class RayPools:
         self._log_level = log_level
         self._worker_class = worker_class
         self._spares = Spares(num_spares, log_level, worker_class)
-        self._groups: dict[Role, Any] = {}
+        self._groups: dict[str, Any] = {}  # of replicas that are placed together
         self._bundle_of: dict[str, tuple[Any, int]] = {}
         self.host_of: dict[str, str] = {}  # worker_id -> Ray node id
         self._threads: Mapping[str, int] = {}
@@ -73,23 +73,22 @@ class RayPools:
         from ray.util.placement_group import placement_group
 
         deadline = time.monotonic() + timeout_s
-        for role in ROLES:
-            replicas = self._plan.of(role)
-            if replicas:
-                self._groups[role] = placement_group(
-                    [replica.bundle for replica in replicas], strategy="PACK"
-                )
-        for role, group in self._groups.items():
+        together: dict[str, list[Replica]] = {}
+        for replica in self._plan.replicas:
+            together.setdefault(replica.together, []).append(replica)
+        for name, replicas in together.items():
+            self._groups[name] = placement_group([replica.bundle for replica in replicas], strategy="PACK")
+        for name, group in self._groups.items():
             while not (placed := group.wait(_PLACE_S)) and time.monotonic() < deadline:
                 heed_stop()
             if not placed:
                 free: dict[str, float] = ray.available_resources()
                 raise TopologyError(
-                    f"the {role} pool found no place within {timeout_s:g} s: it needs "
-                    f"{[replica.bundle for replica in self._plan.of(role)]}, free are {free.get('CPU', 0):g} CPUs and "
+                    f"{name} workers found no place within {timeout_s:g} s: they need "
+                    f"{[replica.bundle for replica in together[name]]}, free are {free.get('CPU', 0):g} CPUs and "
                     f"{free.get('GPU', 0):g} GPUs; is another program using the Ray cluster?"
                 )
-            for index, replica in enumerate(self._plan.of(role)):
+            for index, replica in enumerate(together[name]):
                 self._bundle_of[replica.worker_id] = (group, index)
                 self._locate(replica.worker_id)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.config import ClusterConfig
-from workers.config import EngineConfig
+from workers.config import EngineConfig, ExpertRankConfig
 from workers.protocol.messages import Role
 
 ROLES: tuple[Role, ...] = ("prefill", "decode")
@@ -49,6 +49,12 @@ class Replica:
     num_cpus: float
     num_gpus: float
     engine: EngineConfig  # device is decided
+    expert_rank: ExpertRankConfig | None = None  # its place among workers that share experts
+
+    @property
+    def together(self) -> str:
+        """Replicas with the same one are placed together."""
+        return self.role if self.expert_rank is None else self.expert_rank.group
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -98,11 +104,25 @@ def plan(config: ClusterConfig, inventory: Inventory) -> Plan:
                 f"pools.{role}.num_gpus is 0, but its device is cuda; give it a share of a GPU"
             )
         num_cpus = 1.0 if pool.num_cpus is None else pool.num_cpus
+        size = pool.expert_parallel
+        if size > 1 and 0 < num_gpus < 1 and config.experts.exchange in ("auto", "nccl"):
+            raise TopologyError(
+                f"pools.{role}.expert_parallel is {size}, and its workers would share GPUs: NCCL needs one for each; "
+                "set experts.exchange to gloo, or num_gpus to 1"
+            )
         replicas += [
-            Replica(f"{role}-{index}", role, num_cpus, num_gpus, engine) for index in range(pool.replicas)
+            Replica(f"{role}-{index}", role, num_cpus, num_gpus, engine, _expert_rank(role, index, size))
+            for index in range(pool.replicas)
         ]
     _check_fits(replicas, inventory)
     return Plan(tuple(replicas), tuple(notes))
+
+
+def _expert_rank(role: Role, index: int, size: int) -> ExpertRankConfig | None:
+    if size == 1:
+        return None
+    group, rank = divmod(index, size)
+    return ExpertRankConfig(group=f"{role}-ep{group}", rank=rank, size=size)
 
 
 def _gpu_share(
