@@ -1,8 +1,8 @@
 """How checkpoints name and store the tensors of experts. No torch here.
 
 Files on the hub, and what transformers 5 writes, have three matrices for each expert. transformers' own modules hold
-all experts of a layer in one tensor, and files written from those are read too. GPT-OSS has such tensors with the
-matrices transposed and the rows of gate and up interleaved.
+all experts of a layer in one tensor, and files written from those are read too. GPT-OSS has such tensors with the rows
+of gate and up interleaved: as floats with the matrices transposed, or as MXFP4, which is how it is published.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Literal
 
 from workers.models.spec import DecoderSpec, MoeSpec
 
-Storage = Literal["each", "fused", "transposed"]
+Storage = Literal["each", "fused", "transposed", "mxfp4"]
+
+MXFP4_GROUP = 32
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -56,12 +58,16 @@ class ExpertForm:
                 f"{prefix}.gate_up_proj": (number, 2 * inner, hidden),
                 f"{prefix}.down_proj": (number, hidden, inner),
             }
-        return {
-            f"{prefix}.gate_up_proj": (number, hidden, 2 * inner),
-            f"{prefix}.gate_up_proj_bias": (number, 2 * inner),
-            f"{prefix}.down_proj": (number, inner, hidden),
-            f"{prefix}.down_proj_bias": (number, hidden),
-        }
+        shapes: Shapes = {}
+        for name, rows, columns in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
+            shapes[f"{prefix}.{name}_bias"] = (number, rows)
+            if self.storage == "transposed":
+                shapes[f"{prefix}.{name}"] = (number, columns, rows)
+                continue
+            groups = columns // MXFP4_GROUP
+            shapes[f"{prefix}.{name}_blocks"] = (number, rows, groups, MXFP4_GROUP // 2)
+            shapes[f"{prefix}.{name}_scales"] = (number, rows, groups)
+        return shapes
 
 
 def mlp_shapes(
@@ -82,13 +88,14 @@ def mlp_shapes(
 
 def expert_form(spec: DecoderSpec, tensors: Container[str] = ()) -> ExpertForm:
     """Of a checkpoint with `tensors`; the published one of the architecture where they leave it open."""
+    sparse = [] if spec.moe is None else [layer for layer, found in enumerate(spec.moe.layers) if found]
+    first = f"model.layers.{sparse[0]}.mlp.experts." if sparse else ""
     if spec.architecture == "gpt_oss":
-        return ExpertForm("transposed", router="router")
+        packed = f"{first}gate_up_proj_blocks" in tensors
+        return ExpertForm("mxfp4" if packed else "transposed", router="router")
     shared = "shared_expert" if spec.architecture == "qwen2_moe" else "shared_experts"
-    if spec.moe is not None:
-        first = f"model.layers.{spec.moe.layers.index(True)}." if any(spec.moe.layers) else ""
-        if f"{first}mlp.experts.gate_up_proj" in tensors:
-            return ExpertForm("fused", shared=shared)
+    if f"{first}gate_up_proj" in tensors:
+        return ExpertForm("fused", shared=shared)
     if spec.architecture == "mixtral":
         return ExpertForm("each", block="block_sparse_moe", gate="w1", up="w3", down="w2")
     return ExpertForm("each", shared=shared)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from workers.models.quantized import Quantized
 
-METHODS = ("gptq", "awq", "compressed-tensors")
+METHODS = ("gptq", "awq", "compressed-tensors", "fp8", "mxfp4")
 
 
 class StoredForm(Protocol):
@@ -25,7 +25,7 @@ class StoredForm(Protocol):
         """The tensors of a layer that must be there, by the end of their name. Raises ModelError for sizes that the
         format cannot have."""
 
-    def read(self, module: str, n: int, k: int, tensor: Callable[[str], Tensor | None]) -> Quantized:
+    def read(self, module: str, n: int, k: int, tensor: Callable[[str], Tensor | None]) -> Quantized | Tensor:
         """`tensor`: the layer's tensor by the end of its name, None where it is absent. Raises ModelError."""
 
 
@@ -52,6 +52,12 @@ def stored_form(config: Mapping[str, Any]) -> StoredForm | None:
         from workers.models.compressed_tensors import compressed_form
 
         return compressed_form(given)
+    if method == "fp8":
+        from workers.models.fp8 import Fp8Form
+
+        return Fp8Form(given)
+    if method == "mxfp4":
+        return None  # of experts only, which are read apart: see expert_form
     raise ModelError(
         f"checkpoints quantized by {method!r} are not read; {', '.join(METHODS)} and GGUF are, "
         "or use the model's unquantized weights"

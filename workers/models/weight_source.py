@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from workers.models import mxfp4
 from workers.models.checkpoint import TensorHeader, read_headers, read_json
 from workers.models.errors import ModelError
 from workers.models.expert_form import expert_form
@@ -30,6 +31,8 @@ from workers.models.tensor_shapes import EMBEDDING, HEAD, expected_shapes
 Matrix = Tensor | GroupedWeight | ChannelWeight  # [out, in]
 
 _FLOAT_DTYPES = {"F16", "BF16", "F32", "F64"}
+_MXFP4_DTYPES = {"U8"}
+_MXFP4_ENDS = ("_proj_blocks", "_proj_scales")
 
 
 class WeightSource:
@@ -67,15 +70,23 @@ class WeightSource:
             names = (form.gate, form.up, form.down)
             gate, up, down = (f"{prefix}{logical}.{name}" for name in names)
             return Mlp(self._matrix(gate, up), None, self._matrix(down), None)
-        gate_up, down_part = (self._part(prefix + name, logical) for name in ("gate_up_proj", "down_proj"))
         if form.storage == "fused":
-            return Mlp(self._in_scheme([gate_up]), None, self._in_scheme([down_part]), None)
+            gate_up, down_rows = (
+                self._part(prefix + name, logical) for name in ("gate_up_proj", "down_proj")
+            )
+            return Mlp(self._in_scheme([gate_up]), None, self._in_scheme([down_rows]), None)
         return Mlp(
-            self._in_scheme([_gate_first(gate_up.T)]),
+            self._in_scheme([_gate_first(self._expert_rows(prefix + "gate_up_proj", logical))]),
             _gate_first(self._part(prefix + "gate_up_proj_bias", logical)),
-            self._in_scheme([down_part.T.contiguous()]),
+            self._in_scheme([self._expert_rows(prefix + "down_proj", logical)]),
             self._part(prefix + "down_proj_bias", logical),
         )
+
+    def _expert_rows(self, name: str, logical: int) -> Tensor:
+        """[out, in] of one expert of GPT-OSS."""
+        if self._experts.storage == "transposed":
+            return self._part(name, logical).T.contiguous()
+        return mxfp4.widen(self._part(name + "_blocks", logical), self._part(name + "_scales", logical))
 
     def final_norm(self) -> Tensor:
         """[hidden]."""
@@ -257,6 +268,8 @@ def _check(
             ignored |= {f"{module}.{end}" for end in form.optional}
     if spec.tied_embeddings:
         ignored.add("lm_head.weight")
+    # Layers behind the last predict further tokens (DeepSeek-V3's MTP); they are not run.
+    ignored |= {name for name in headers if _layer_of(name) >= spec.num_layers and spec.mla is not None}
     _refuse("misses", wanted.keys() - headers.keys(), spec)
     _refuse("has unexpected", headers.keys() - wanted.keys() - ignored, spec)
     wrong = [
@@ -266,9 +279,17 @@ def _check(
     ]
     _refuse("has wrongly shaped", wrong, spec)
     dtypes = [
-        f"{name} is {headers[name].dtype}" for name in floats if headers[name].dtype not in _FLOAT_DTYPES
+        f"{name} is {headers[name].dtype}"
+        for name in floats
+        if headers[name].dtype not in (_MXFP4_DTYPES if name.endswith(_MXFP4_ENDS) else _FLOAT_DTYPES)
     ]
     _refuse("has quantized", dtypes, spec)
+
+
+def _layer_of(name: str) -> int:
+    """-1: of none."""
+    number = name.removeprefix("model.layers.").partition(".")[0]
+    return int(number) if number.isdecimal() else -1
 
 
 def _refuse(what: str, names: Iterable[str], spec: DecoderSpec) -> None:
