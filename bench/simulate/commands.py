@@ -19,7 +19,7 @@ from bench.simulate.cluster import Cluster, ClusterConfig, Fault
 from bench.simulate.comparison import markdown, plot
 from bench.simulate.cost import CostError, StepCost
 from bench.simulate.defaults import H100_LLAMA2_70B, KV_TOKENS
-from bench.simulate.experiment import Cell, run_cells
+from bench.simulate.experiment import Cell, Row, run_cells
 from bench.simulate.index_stream import StreamConfig
 from bench.simulate.jobs import Asked
 from bench.simulate.network import Wires
@@ -82,6 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     policies.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     policies.add_argument("--out", type=Path, default=Path("bench-out/simulate"))
     policies.set_defaults(act=_policies)
+    together = commands.add_parser("together", help="one table and plot of several runs of `policies`")
+    together.add_argument("results", type=Path, nargs="+", help="their policies.json; of runs cut short, too")
+    together.add_argument("--out", type=Path, default=Path("bench-out/simulate"))
+    together.set_defaults(act=_together)
     fitting = commands.add_parser(
         "fit", help="a cost model of the engine on this machine, and how good it is"
     )
@@ -332,16 +336,8 @@ def _policies(given: argparse.Namespace) -> None:
                         config_of(given, "cost", size), seed=given.seed + seed, **changes
                     )
                     cells.append(Cell(name, workers, shape == "split", seed, trace, config))
-    rows = []
     slo = Slo(given.slo_ttft_s, given.slo_tpot_s)
-    for row in run_cells(cells, given.policies, given.loads, slo, given.processes):
-        rows.append(row)
-        print(
-            f"{row['trace']} {row['workers']} {'split' if row['split'] else 'unified'} seed {row['seed']} "
-            f"load {row['load']:g} "
-            f"{row['policy']}: hits {row['hits']:.3f} TTFT p99 {row['ttft_p99_s']:.2f} s",
-            flush=True,
-        )
+    rows: list[Row] = []
     found = {
         "cost": cost_of(given).source,
         "slo": dataclasses.asdict(slo),
@@ -351,6 +347,28 @@ def _policies(given: argparse.Namespace) -> None:
         "fetching": not given.no_fetch,
         "rows": rows,
     }
+    given.out.mkdir(parents=True, exist_ok=True)
+    for row in run_cells(cells, given.policies, given.loads, slo, given.processes):
+        rows.append(row)
+        print(
+            f"{row['trace']} {row['workers']} {'split' if row['split'] else 'unified'} seed {row['seed']} "
+            f"load {row['load']:g} "
+            f"{row['policy']}: hits {row['hits']:.3f} TTFT p99 {row['ttft_p99_s']:.2f} s",
+            flush=True,
+        )
+        # A run that is cut short leaves what it has found.
+        (given.out / "policies.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_results(given.out, "policies", found, markdown(found), plot)
+
+
+def _together(given: argparse.Namespace) -> None:
+    found: dict[str, Any] = {"rows": []}
+    for path in given.results:
+        try:
+            rows = json.loads(path.read_text())["rows"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path}: it must be the policies.json of a run ({error})") from None
+        found["rows"] += rows
     write_results(given.out, "policies", found, markdown(found), plot)
 
 

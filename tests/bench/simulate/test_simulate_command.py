@@ -80,6 +80,17 @@ def test_policies_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str
     table = (tmp_path / "policies.md").read_text()
     assert table == markdown(found)
     assert "**sessions, 1 P + 1 D**: 30 requests" in table
+    parts = []
+    for split in (True, False):  # as if it had been run in two pieces
+        part = tmp_path / f"{split}.json"
+        part.write_text(json.dumps({"rows": [row for row in found["rows"] if row["split"] == split]}))
+        parts.append(str(part))
+    main(["together", *parts, "--out", str(tmp_path / "both")])
+    assert (tmp_path / "both" / "policies.md").read_text() == table
+    (tmp_path / "bad.json").write_text("[]")
+    with pytest.raises(SystemExit):
+        main(["together", str(tmp_path / "bad.json")])
+    assert "must be the policies.json of a run" in capsys.readouterr().err
     pytest.importorskip("matplotlib", reason="plots need the extra `bench`")
     plot(found, [])
 
