@@ -64,15 +64,19 @@ class LocalCluster:
         transfer: dict[str, Any] | None = None,
         router: dict[str, Any] | None = None,
         timeout_s: float = 5.0,
+        expert_parallel: int = 1,
+        experts: dict[str, Any] | None = None,
     ) -> None:
+        """`expert_parallel`: workers of a pool that share the experts of the model; `experts`: an ExpertsConfig."""
         self.model_path = model_path
+        self._expert_parallel, self._experts = expert_parallel, experts or {}
         self.timeout_s = timeout_s
         self.received_tokens = 0
         base = {"num_threads": 1, "dtype": "float32", "num_blocks": 512} | (engine or {})
         self._transfer = transfer or {}
         self._router = RouterConfig.model_validate(router or {})
-        self._name = f"test-{os.getpid()}-{next(_names)}"
-        self._valkey = EmbeddedValkey()
+        self.name = f"test-{os.getpid()}-{next(_names)}"
+        self.valkey = EmbeddedValkey()
         self._directory = tempfile.TemporaryDirectory(prefix="headrace-test-")
         self.processes = {
             f"{role}-{index}": Process(f"{role}-{index}", role, base | extra)
@@ -81,14 +85,14 @@ class LocalCluster:
         }
 
     async def __aenter__(self) -> Self:
-        self._valkey.start()
+        self.valkey.start()
         for process in self.processes.values():
             self.launch(process.worker_id)
         self.dispatcher = Dispatcher(
             self._router,
-            cluster=self._name,
+            cluster=self.name,
             secret=SECRET,
-            redis_url=self._valkey.url,
+            redis_url=self.valkey.url,
             metrics=DispatchMetrics(CollectorRegistry()),
             lease_s=float(self._transfer.get("lease_s", 10.0)),
         )
@@ -110,7 +114,7 @@ class LocalCluster:
                     process.popen.kill()
                     process.popen.wait()
                     raise AssertionError(f"{process.worker_id} did not end on SIGTERM") from None
-        self._valkey.close()
+        self.valkey.close()
         self._directory.cleanup()
 
     # --- processes ---------------------------------------------------------------------------------------------------
@@ -124,13 +128,15 @@ class LocalCluster:
             "role": process.role,
             "model_path": str(self.model_path),
             "served_name": "model",
-            "cluster": self._name,
+            "cluster": self.name,
             "secret": SECRET,
-            "redis_url": self._valkey.url,
+            "redis_url": self.valkey.url,
             "heartbeat_s": 0.2,
             "timeout_s": self.timeout_s,
             "engine": process.settings,
             "transfer": self._transfer,
+            "experts": self._experts,
+            "expert_rank": self._expert_rank(process),
         }
         path = Path(self._directory.name) / f"{worker_id}.json"
         path.write_text(json.dumps(config))
@@ -144,6 +150,13 @@ class LocalCluster:
             env=environment,
         )
         log.close()
+
+    def _expert_rank(self, process: Process) -> dict[str, Any] | None:
+        size = self._expert_parallel
+        if size == 1:
+            return None
+        group, rank = divmod(int(process.worker_id.rpartition("-")[2]), size)
+        return {"group": f"{process.role}-ep{group}", "rank": rank, "size": size}
 
     def kill(self, worker_id: str, how: signal.Signals = signal.SIGKILL) -> None:
         popen = self.processes[worker_id].popen
