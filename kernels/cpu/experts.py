@@ -83,6 +83,8 @@ class ExpertTable:
             alike = len(moe.experts) == len(first.experts) and _same_form(moe.shared, first.shared)
             if not alike or not all(expert.same_form(first.experts[0]) for expert in moe.experts):
                 raise ValueError(f"layer {index}: experts of another number or form than those of layer 0")
+            if moe.shared is not None and moe.shared.gate_up.format != first.experts[0].gate_up.format:
+                raise ValueError(f"layer {index}: a shared expert of another format than the routed ones")
 
     def _struct(self, index: int) -> Moe:
         moe = self._layers[index]

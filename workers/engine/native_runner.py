@@ -87,9 +87,7 @@ def _not_yet_native(spec: DecoderSpec) -> str | None:
         return "latent attention (MLA)"
     if spec.sinks:
         return "attention sinks"
-    if spec.qk_norm_whole:
-        return "a norm over all query heads together"
-    return None if spec.moe is None else "experts"
+    return None
 
 
 def _check_cores(cpus: list[int] | None) -> None:

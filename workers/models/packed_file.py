@@ -18,7 +18,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from kernels.cpu.packed import PackedMatrix
 from kernels.cpu.structures import Format
 from workers.huge_pages import huge_zeros
 
-Memory = Literal["mmap", "huge"]
+Memory = Literal["mmap", "huge", "lazy"]
 
 _MAGIC = b"HRPACKED"
 _HEAD = struct.Struct("<8sQQ32s")
@@ -50,7 +50,8 @@ class PackedFile:
 
 
 class PackedFileWriter:
-    """Arrays are written as they come, so that memory holds one of them."""
+    """Arrays are written as they come, so that memory holds one of them. Whole when the block is left without an error:
+    before that no reader takes the file."""
 
     def __init__(self, path: Path, key: str) -> None:
         self._stream = path.open("wb")
@@ -73,8 +74,13 @@ class PackedFileWriter:
         assert values.dtype.name in _DTYPES, values.dtype
         self._index["arrays"][name] = self._write(values, _LINE if values.ndim == 1 else _PAGE)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.close(complete=error is None)
+
     def close(self, *, complete: bool) -> None:
-        """Without `complete` the file stays one that no reader takes."""
         with self._stream as stream:
             if not complete:
                 return
@@ -102,7 +108,8 @@ class PackedFileWriter:
 def open_packed(
     path: Path, memory: Memory = "mmap", *, key: str | None = None, verify: bool = False
 ) -> PackedFile:
-    """mmap: pages of the file, shared by all processes of the host. huge: a private copy in huge pages.
+    """mmap: pages of the file, shared by all processes of the host. huge: a private copy in huge pages. lazy: as mmap,
+    but pages are read from the file when they are first touched.
 
     `key`, when given, must be the file's. The index is always checked, the arrays' own checksums with `verify`: those
     take about a second per GB. Raises DamagedFile, and OSError when the file cannot be opened.
@@ -112,7 +119,7 @@ def open_packed(
         index = _read_index(path, stream, size)
         if key is not None and index.get("key") != key:
             raise DamagedFile(f"{path} holds {index.get('key')!r}, not {key!r}")
-        whole = _mapped(stream, size) if memory == "mmap" else _copied(stream, size)
+        whole = _copied(stream, size) if memory == "huge" else _mapped(stream, size, memory == "mmap")
     view = _View(path, whole, verify)
     try:
         matrices = {name: view.matrix(entry) for name, entry in index["matrices"].items()}
@@ -137,9 +144,9 @@ def _read_index(path: Path, stream: io.FileIO, size: int) -> dict[str, Any]:
     return index
 
 
-def _mapped(stream: io.FileIO, size: int) -> NDArray[np.uint8]:
-    # Populated at once: otherwise the first step would fault on every 4 KiB.
-    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+def _mapped(stream: io.FileIO, size: int, populate: bool) -> NDArray[np.uint8]:
+    # Where the first step reads it all it would fault on every 4 KiB.
+    flags = mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if populate else 0)
     return np.frombuffer(mmap.mmap(stream.fileno(), size, flags=flags, prot=mmap.PROT_READ), np.uint8)
 
 

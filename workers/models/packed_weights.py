@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -30,7 +31,8 @@ logger = logging.getLogger(__name__)
 # Raise it when kernels/cpu/src/matrix.h or the order of columns or entries changes: older files are then made anew.
 LAYOUT_VERSION = 1
 
-_FILE_NAME = "weights.bin"
+# Files of a model. Experts have their own: a rank that has few of them does not read the others.
+WEIGHTS, EXPERTS = "weights", "experts"
 
 Say = Callable[[str], None]
 A = TypeVar("A", bound=np.generic)
@@ -47,6 +49,8 @@ class ToPack:
     )
     bias: Tensor | None = None  # [n], in the order of the rows of `value`
     plain: bool = False  # kept as rows: norms (float32), the embedding of an untied model (float_format)
+    exact: bool = False  # a matrix of floats that is float32 whatever float_format is: a router
+    file: str = WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -73,29 +77,31 @@ def load_packed(
     *,
     threads: int = 1,
     memory: Memory = "mmap",
+    files: Sequence[str] = (WEIGHTS,),
+    lazy: Sequence[str] = (),
     say: Say = logger.info,
 ) -> PackedFile:
-    """The file of `key` in `cache`/packed, made from `entries()` where it is not there, or not whole.
+    """The files of `key` in `cache`/packed as one, made from `entries()` where they are not there, or not whole.
 
-    `entries` come in the order in which a step reads them; they are asked for only when the file has to be made.
-    Raises ModelError.
+    `entries` come in the order in which a step reads them; they are asked for only when the files have to be made.
+    `files` are those that the entries go to. Of the `lazy` ones no page is read before somebody asks for it. Raises
+    ModelError.
     """
     target = cache / "packed" / key.name
 
     def make(directory: Path) -> None:
         say("packing the weights for the native kernels, once ...")
-        writer = PackedFileWriter(directory / _FILE_NAME, key.name)
-        try:
+        with ExitStack() as files:
+            writers: dict[str, PackedFileWriter] = {}
             for entry in entries():
-                _write(writer, entry, key.float_format, library, threads)
-        except BaseException:
-            writer.close(complete=False)
-            raise
-        writer.close(complete=True)
+                if entry.file not in writers:
+                    writer = PackedFileWriter(directory / f"{entry.file}.bin", key.name)
+                    writers[entry.file] = files.enter_context(writer)
+                _write(writers[entry.file], entry, key.float_format, library, threads)
 
     if target.is_dir():
         try:
-            return open_packed(target / _FILE_NAME, memory, key=key.name)
+            return _opened(target, memory, key, files, lazy)
         except (DamagedFile, OSError) as error:
             # Others may have it mapped: what is removed stays theirs until they end.
             say(f"packed weights are made anew: {error}")
@@ -103,11 +109,22 @@ def load_packed(
     made_once(target, make, say)
     _remove_older(target, key)
     try:
-        return open_packed(target / _FILE_NAME, memory, key=key.name)
+        return _opened(target, memory, key, files, lazy)
     except (DamagedFile, OSError) as error:
         raise ModelError(
             f"packed weights cannot be read: {error}. Remove {target}, or set HEADRACE_CACHE to another directory"
         ) from error
+
+
+def _opened(
+    target: Path, memory: Memory, key: PackKey, files: Sequence[str], lazy: Sequence[str]
+) -> PackedFile:
+    whole = PackedFile(key.name, {}, {})
+    for file in files:
+        opened = open_packed(target / f"{file}.bin", "lazy" if file in lazy else memory, key=key.name)
+        whole.matrices.update(opened.matrices)
+        whole.arrays.update(opened.arrays)
+    return whole
 
 
 def _remove_older(target: Path, key: PackKey) -> None:
@@ -121,7 +138,8 @@ def _write(
 ) -> None:
     value = entry.value
     if not entry.plain:
-        writer.matrix(entry.name, pack_matrix(value, entry.rows, entry.bias, float_format, library, threads))
+        form = Format.F32 if entry.exact else float_format
+        writer.matrix(entry.name, pack_matrix(value, entry.rows, entry.bias, form, library, threads))
         return
     assert isinstance(value, Tensor), f"{entry.name} is to be kept as rows, but is quantized"
     kept_short = value.ndim == 2 and float_format == Format.BF16

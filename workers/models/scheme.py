@@ -66,9 +66,6 @@ def _check_groups(spec: DecoderSpec) -> None:
         del widths["num_attention_heads * head_dim"]
         widths["num_attention_heads * v_head_dim"] = spec.num_heads * spec.mla.value_dim
         widths["q_lora_rank"], widths["kv_lora_rank"] = spec.mla.q_lora_rank or 0, spec.mla.kv_lora_rank
-    if spec.moe is not None:
-        widths["experts' intermediate size"] = spec.moe.intermediate_size
-        widths["shared experts' intermediate size"] = spec.moe.shared_intermediate_size
     for name, width in widths.items():
         if width % GROUP:
             raise ModelError(
