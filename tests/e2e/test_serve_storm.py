@@ -62,6 +62,7 @@ def url(smollm2: Path, tmp_path: Path) -> Iterator[str]:
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(60)
+            print((tmp_path / "log").read_text()[-8000:])  # pytest shows it when the test has failed
 
 
 def _is_ready(url: str) -> bool:
