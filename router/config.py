@@ -207,15 +207,15 @@ class ExpertsConfig(Section):
         True, description="place experts anew while serving; off: their load is only shown"
     )
     interval_s: float = Field(2.0, gt=0, description="seconds between two looks at the load of experts")
-    window_s: float = Field(10.0, gt=0, description="seconds of counts that are kept together")
-    half_life_s: float = Field(60.0, gt=0, description="seconds after which a count weighs half as much")
+    window_s: float = Field(3.0, gt=0, description="seconds of counts that are kept together")
+    half_life_s: float = Field(30.0, gt=0, description="seconds after which a count weighs half as much")
     min_tokens: int = Field(
         20_000,
         ge=1,
         description="tokens, each counted once for every expert that it went to, that a layer must have seen",
     )
     min_gain: float = Field(
-        0.03,
+        0.02,
         gt=0,
         lt=1,
         description="share by which the fullest ranks must have less to do, on counts that were not planned with",
@@ -226,10 +226,12 @@ class ExpertsConfig(Section):
         description="seconds for which it must pay: what is saved in them against loading experts",
     )
     pause_s: float = Field(
-        30.0, ge=0, description="seconds between two placements, unless a rank died or came back"
+        10.0, ge=0, description="seconds between two placements, unless a rank died or came back"
     )
     max_moves: int | None = Field(
-        None, ge=1, description="experts that may be loaded for one placement, over all layers; null: any number"
+        None,
+        ge=1,
+        description="experts that may be loaded for one placement, over all layers; null: any number",
     )
     expert_share: float = Field(
         0.5,
