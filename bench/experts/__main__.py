@@ -7,6 +7,7 @@ from importlib import import_module
 
 COMMANDS = {
     "block": "bench.experts.block",  # a layer's arithmetic on a CPU, beside transformers
+    "simulate": "bench.experts.simulate",  # live rebalancing against static placement and periodic EPLB
 }
 
 if __name__ == "__main__":
