@@ -81,7 +81,7 @@ def open_backend(config: EngineConfig, model: PreparedModel, experts: ExpertPlan
     if device.type != "cpu" or config.kernels == "torch":
         return TorchBackend(config, model, device, experts)
     try:
-        return NativeBackend(config, model)
+        return NativeBackend(config, model, experts)
     except NotHere as error:
         if config.kernels != "auto":
             raise ValueError(f"engine.kernels is {config.kernels}: {error}") from error

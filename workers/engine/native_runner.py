@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 
 from kernels.cpu import attention
@@ -13,12 +14,16 @@ from kernels.cpu.build import BuildError
 from kernels.cpu.decoder import CpuDecoder, StepArrays, ThreadPool
 from kernels.cpu.library import Library, load
 from kernels.cpu.packed import PackedModel
-from kernels.cpu.structures import KvCache, KvType
+from kernels.cpu.structures import Format, KvCache, KvType
 from workers.config import EngineConfig
 from workers.engine.backend import kv_layout
 from workers.engine.native_sampler import NativeSampler
 from workers.engine.plan import Sampled
 from workers.engine.step_input import StepInput
+from workers.experts.exchange import Shape
+from workers.experts.group import ExpertModel
+from workers.experts.native_experts import NativeExperts
+from workers.experts.plane import ExpertPlane
 from workers.huge_pages import huge_zeros
 from workers.models.catalog import PreparedModel
 from workers.models.checkpoint import read_json
@@ -34,8 +39,10 @@ _KV_TYPES = {"float32": KvType.F32, "bfloat16": KvType.BF16, "int8": KvType.I8}
 class NativeBackend:
     """A model in packed form, usually mapped from a file that all workers of a host share."""
 
-    def __init__(self, config: EngineConfig, model: PreparedModel) -> None:
-        """Raises ModelError; NotHere when this model or machine needs torch."""
+    def __init__(
+        self, config: EngineConfig, model: PreparedModel, experts: ExpertPlane | None = None
+    ) -> None:
+        """`experts`: see open_backend. Raises ModelError; NotHere when this model or machine needs torch."""
         try:
             self._library = load(config.kernels)
         except BuildError as error:
@@ -56,8 +63,16 @@ class NativeBackend:
         # Whoever asks for float32 asks for exactness, not for four bits because the file has no more.
         exact = config.quantization == "auto" and dtype == "float32"
         quantization = "none" if exact else config.quantization
+        self._experts, self._slots = experts, None if experts is None else experts.slots(spec.moe)
         packed = open_packed_model(
-            model, spec, quantization, dtype, self._library, threads=threads, memory=config.weights_memory
+            model,
+            spec,
+            quantization,
+            dtype,
+            self._library,
+            threads=threads,
+            memory=config.weights_memory,
+            all_experts=experts is None,
         )
         torch.set_num_threads(1)  # from here on torch computes nothing: its threads would be in the way
         self._weights = dtype if packed.scheme == "none" else packed.scheme
@@ -79,6 +94,8 @@ class NativeBackend:
             self._config,
             self._weights,
             share_kv,
+            self._experts,
+            self._slots,
         )
 
 
@@ -88,6 +105,11 @@ def _not_yet_native(spec: DecoderSpec) -> str | None:
     if spec.sinks:
         return "attention sinks"
     return None
+
+
+def _no_tokens() -> StepArrays:
+    none = np.empty(0, np.int32)
+    return StepArrays(none, none, np.empty(0, np.int64), np.zeros(1, np.int32), none, none, none, none)
 
 
 def _check_cores(cpus: list[int] | None) -> None:
@@ -111,7 +133,10 @@ class NativeRunner:
         config: EngineConfig,
         weights: str,
         share_kv: bool,
+        experts: ExpertPlane | None = None,
+        slots: int | None = None,
     ) -> None:
+        """`experts`: it is equipped with those of the model, of which `slots` per layer have room here."""
         self.kernels, self.weights = library.variant, weights
         num_bytes = num_blocks * layout.block_bytes
         self.shared = SharedPages(num_bytes) if share_kv else None
@@ -127,7 +152,8 @@ class NativeRunner:
             layout.block_size,
             layout.head_dim,
         )
-        self.decoder = CpuDecoder(library, pool, model, kv, config.max_num_batched_tokens)
+        self.decoder = CpuDecoder(library, pool, model, kv, config.max_num_batched_tokens, slots)
+        self._exchange = None if experts is None else self._spread(experts, config)
         self._sampler = sampler
         self._use_tiles = not config.deterministic
         self._logits = torch.empty((0, model.vocab))
@@ -148,5 +174,18 @@ class NativeRunner:
         rows = len(arrays.rows)
         if rows > len(self._logits):
             self._logits = torch.empty((rows, self._logits.shape[1]))
-        self.decoder.step(arrays, self._logits.numpy(), use_tiles=self._use_tiles)
+        self.decoder.step(arrays, self._logits.numpy(), use_tiles=self._use_tiles, exchange=self._exchange)
         return self._logits[:rows]
+
+    def _spread(self, plane: ExpertPlane, config: EngineConfig) -> NativeExperts:
+        table, hidden = self.decoder.experts, self.decoder.model.hidden
+        experts = NativeExperts(table, hidden)
+        experts.idle_step = partial(self.logits, _no_tokens())
+        bf16 = table.logical(0, 0).gate_up.format == Format.BF16
+        num_layers, num_experts = table.routed.shape
+        top_k = table.structs[0].routing.top_k
+        most = config.max_num_batched_tokens
+        shape = Shape(hidden, "bfloat16" if bf16 else "float32", "float32", most, top_k)
+        model = ExpertModel(num_layers, num_experts, shape)
+        experts.ranks = plane.equip(model, table.slots, experts, self.device)
+        return experts

@@ -25,7 +25,7 @@ from workers.experts.futex import Word
 
 _LINE = 64  # bytes: a word each, so that two senders do not fight for a cache line
 _PAGE = 4096
-_HEAD = 16  # bytes of a window before its payload: ids, rows
+_HEAD = 64  # bytes of a window before its payload: how many ids and rows
 _LOOKS = 40  # at the word before sleeping: waking up costs more than a short wait, and the cores are few
 _SLEEP_S = 0.02  # an abort is seen at the latest after this
 _ROUNDS = 2**32
@@ -61,7 +61,7 @@ def _words_bytes(size: int) -> int:
 
 
 def _window_bytes(shape: Shape) -> int:
-    return -(-(_HEAD + max(shape.max_parcel_bytes, 8 * shape.header)) // _PAGE) * _PAGE
+    return -(-(_HEAD + _LINE + max(shape.max_parcel_bytes, 8 * shape.header)) // _PAGE) * _PAGE
 
 
 class ShmExchange:
@@ -107,7 +107,7 @@ class ShmExchange:
         for member in self._to:
             parcel = bound[member]
             window = self._window(self.me, member)
-            head = window[:_HEAD].view(np.int64)
+            head = window[:16].view(np.int64)
             head[0], head[1] = len(parcel.ids), len(parcel.tokens)
             ids, rows = self._parts(window, len(parcel.ids), len(parcel.tokens))
             ids[:] = parcel.ids
@@ -120,7 +120,7 @@ class ShmExchange:
         for member in self._from:
             self._await(member)
             window = self._window(member, self.me)
-            num_ids, num_rows = (int(count) for count in window[:_HEAD].view(np.int64))
+            num_ids, num_rows = (int(count) for count in window[:16].view(np.int64))
             parcels[member] = Parcel(*self._parts(window, num_ids, num_rows))
         return parcels
 
@@ -193,7 +193,8 @@ class ShmExchange:
         self, window: NDArray[np.uint8], num_ids: int, num_rows: int
     ) -> tuple[NDArray[np.int32], Tensor]:
         ids = window[_HEAD : _HEAD + 8 * num_ids].view(np.int32).reshape(num_ids, 2)
-        return ids, self._rows(window[_HEAD + 8 * num_ids :], num_rows, self._shape.row_bytes, self._dtype)
+        first = _HEAD + -(-8 * num_ids // _LINE) * _LINE
+        return ids, self._rows(window[first:], num_rows, self._shape.row_bytes, self._dtype)
 
     def _results(self, window: NDArray[np.uint8], count: int) -> Tensor:
         return self._rows(window[_HEAD:], count, self._shape.result_bytes, self._result_dtype)

@@ -25,11 +25,12 @@ def prompts(count: int) -> list[list[int]]:
     return [[rng.randrange(256) for _ in range(rng.randint(3, 40))] for _ in range(count)]
 
 
+@pytest.mark.parametrize("kernels", ["torch", "auto"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_the_same_tokens_on_any_number_of_ranks(model: Path, size: int) -> None:
+def test_the_same_tokens_on_any_number_of_ranks(model: Path, size: int, kernels: str) -> None:
     given = prompts(6)
     wanted = expected(model, given, GREEDY)
-    with Group(model, size) as group:
+    with Group(model, size, engine={"kernels": kernels}) as group:
         waiting = [group.ranks[i % size].submit(prompt, GREEDY) for i, prompt in enumerate(given)]
         assert [result() for result in waiting] == wanted
 
@@ -49,10 +50,11 @@ def random_placement(
     return Placement(version, tuple(layers))
 
 
-def test_ten_placements_while_tokens_flow(model: Path) -> None:
+@pytest.mark.parametrize("kernels", ["torch", "auto"])
+def test_ten_placements_while_tokens_flow(model: Path, kernels: str) -> None:
     given, rng = prompts(9), random.Random(5)
     wanted = expected(model, given, GREEDY)
-    with Group(model, 3, slots=8, staging=1) as group:
+    with Group(model, 3, slots=8, staging=1, engine={"kernels": kernels}) as group:
         for version in range(1, 11):
             placement = random_placement(version, 2, 8, 3, rng)
             waiting = [group.ranks[i % 3].submit(prompt, GREEDY) for i, prompt in enumerate(given)]
@@ -130,10 +132,11 @@ def test_what_cannot_be_done_is_refused_with_the_reason(
         assert waiting() == expected(model, prompts(1), GREEDY)[0]
 
 
-def test_weights_come_from_other_ranks(model: Path) -> None:
+@pytest.mark.parametrize("kernels", ["torch", "auto"])
+def test_weights_come_from_other_ranks(model: Path, kernels: str) -> None:
     given = prompts(2)
     wanted = expected(model, given, GREEDY)
-    with Group(model, 2, source="peers", slots=8) as group:
+    with Group(model, 2, source="peers", slots=8, engine={"kernels": kernels}) as group:
         swapped = Placement(1, (((4, 5, 6, 7), (0, 1, 2, 3)),) * 2)
         for rank in group.ranks:
             rank.plane._own.load = None  # type: ignore[assignment]  # nothing can be read any more
