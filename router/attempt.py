@@ -79,11 +79,6 @@ class Attempt:
         self._released = False
 
     @property
-    def num_blocks(self) -> int:
-        """Booked on D."""
-        return self._booking.decode_blocks
-
-    @property
     def wire_id(self) -> str:
         return self.work.request_id
 

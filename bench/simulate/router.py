@@ -60,10 +60,6 @@ class Attempt:
         self._booking = booking
         self._prefill_booking: Booking | None = None
 
-    @property
-    def num_blocks(self) -> int:
-        return self._booking.decode_blocks
-
     def book_prefill(self, booking: Booking) -> None:
         self.end_prefill()
         self._prefill_booking = booking
