@@ -20,6 +20,7 @@ from workers.protocol.redis_client import TROUBLE, AsyncFunctions, connect_async
 log = logging.getLogger(__name__)
 
 _MESSAGES_PER_READ = 64
+_RECENT_MS = 5_000
 _TIMEOUT_S = 2.0
 
 _decode_rank = msgspec.msgpack.Decoder(ExpertRank).decode
@@ -68,12 +69,24 @@ class Board:
         return report
 
     async def counts(self, groups: Iterable[str]) -> list[ExpertCounts]:
-        """What was counted since the last call; at the first one of a group, what its log still has."""
-        self._positions = {group: self._positions.get(group, b"0-0") for group in groups}
+        """What was counted since the last call; at the first one of a group, in the last seconds of its log."""
         found: list[ExpertCounts] = []
-        for group in self._positions:
+        wanted = list(groups)
+        for group in wanted:
+            if group not in self._positions:
+                self._positions[group] = await self._beginning(group)
             found += await self._counts_of(group)
+        self._positions = {group: self._positions[group] for group in wanted}
         return found
+
+    async def _beginning(self, group: str) -> bytes:
+        """Where to begin: counts of long ago would be taken for new ones. Ids in a log are Redis' own milliseconds."""
+        key = redis_keys.expert_counts(self._cluster, group)
+        last = await self._run("XREVRANGE", key, after=("+", "-", "COUNT", 1))
+        if not last:
+            return b"0-0"
+        milliseconds = int(last[0][0].partition(b"-")[0])
+        return b"%d-0" % max(milliseconds - _RECENT_MS, 0)
 
     async def _counts_of(self, group: str) -> list[ExpertCounts]:
         key = redis_keys.expert_counts(self._cluster, group)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 
+import msgspec
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
@@ -19,6 +20,7 @@ from router.experts.service import ExpertService
 from tests.router.experts.fake_ranks import FakeGroup
 from tests.router.fake_cluster import until
 from workers.protocol import redis_keys
+from workers.protocol.expert_messages import ExpertCounts
 from workers.protocol.experts import contiguous
 
 LAYERS, EXPERTS, RANKS, SLOTS = 3, 16, 4, 6
@@ -361,3 +363,17 @@ def test_a_layer_without_any_tokens_is_planned_as_if_its_experts_were_equal():
     loads = skewed()
     loads[1] = 0
     answer(ask(loads)).plan.validate(EXPERTS, [SLOTS] * RANKS, LAYERS)
+
+
+async def test_counts_of_long_ago_are_not_taken_for_new_ones(valkey):
+    key = redis_keys.expert_counts("test", "g")
+    with valkey.client() as client:
+        for at, seq in ((1_000_000, 1), (1_005_500, 2), (1_007_000, 3)):
+            counts = ExpertCounts("g", 0, "w0", 1, seq, 1.0, 0, 1, b"", b"")
+            client.xadd(key, {"c": msgspec.msgpack.encode(counts)}, id=f"{at}-1")
+        board = Board(valkey.url, "test", "r0")
+        assert [counts.seq for counts in await board.counts(["g", "h"])] == [2, 3]
+        assert await board.counts(["g", "h"]) == []
+        client.xadd(key, {"c": msgspec.msgpack.encode(ExpertCounts("g", 0, "w0", 1, 4, 1.0, 0, 1, b"", b""))})
+        assert [counts.seq for counts in await board.counts(["g"])] == [4]
+    await board.close()
