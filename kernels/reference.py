@@ -4,6 +4,8 @@ The KV cache is one tensor in the canonical wire layout, block first, so that a 
 
     kv_cache [num_blocks, num_layers, 2 (k, v), num_kv_heads, block_size, head_dim]
 
+Latent attention (MLA) has one plane in place of k and v, whose rows are both.
+
 A slot names a token's place: slot = block_id * block_size + offset. The cache must start zeroed: slots that were never
 written are read and then masked, and NaN would survive the mask.
 """

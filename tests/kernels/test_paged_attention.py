@@ -63,7 +63,7 @@ def make(
     return Case(q, keys, values, cache, batch)
 
 
-def dense(case: Case, scale: float, window: int | None) -> torch.Tensor:
+def dense(case: Case, scale: float, window: int | None, sinks: torch.Tensor | None = None) -> torch.Tensor:
     out = torch.zeros(case.q.shape, dtype=torch.float64)
     for s, length in enumerate(case.batch.seq_lens):
         start, end = case.batch.query_start[s], case.batch.query_start[s + 1]
@@ -74,7 +74,10 @@ def dense(case: Case, scale: float, window: int | None) -> torch.Tensor:
             position = length - (end - row)
             first = 0 if window is None else max(0, position - window + 1)
             seen = slice(first, position + 1)
-            weights = torch.softmax(torch.einsum("hd,khd->hk", case.q[row].double(), k[seen]) * scale, -1)
+            scores = torch.einsum("hd,khd->hk", case.q[row].double(), k[seen]) * scale
+            if sinks is not None:  # a key whose value is zero
+                scores = torch.cat((scores, sinks.double()[:, None]), 1)
+            weights = torch.softmax(scores, -1)[:, : k[seen].shape[0]]
             out[row] = torch.einsum("hk,khd->hd", weights, v[seen])
     return out
 
@@ -111,6 +114,32 @@ def test_equals_dense_attention(seqs: list[tuple[int, int]], window: int | None,
 def test_head_groups_and_block_sizes(shape: Shape, window: int | None) -> None:
     torch.manual_seed(2)
     check(make(BATCHES["mixed"], shape, torch.float32, layer=0), torch.float32, 0, window)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("seqs", [*BATCHES.values(), [(300, 300)]], ids=str)
+def test_sinks(seqs: list[tuple[int, int]], window: int | None, dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    case, sinks = make(seqs, Shape(6, 2), dtype, layer=1), torch.randn(6).to(dtype)
+    got = paged_attention(case.q, case.cache, 1, case.batch, 0.3, window, sinks)
+    expected = dense(case, 0.3, window, sinks)
+    torch.testing.assert_close(got.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("seqs", [*BATCHES.values(), [(300, 300)]], ids=str)
+def test_one_plane_whose_rows_are_keys_and_values(seqs: list[tuple[int, int]]) -> None:
+    torch.manual_seed(5)
+    case = make(seqs, Shape(4, 1), torch.float32, layer=1)
+    one = Case(case.q, case.keys, case.keys, case.cache[:, :, :1].contiguous(), case.batch)
+    check(one, torch.float32, 1, None)
+    plan = AttentionPlan(one.batch, one.cache)
+    rows = torch.randn(one.q.shape[0], 8)
+    before = one.cache.clone()
+    plan.write_latents(0, rows)
+    slots = one.batch.slots
+    assert torch.equal(one.cache[slots // 4, 0, 0, 0, slots % 4], rows)
+    assert torch.equal(one.cache[:, 1], before[:, 1])
 
 
 @pytest.mark.parametrize("window", [None, 5, 40, 200])

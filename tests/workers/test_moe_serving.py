@@ -12,11 +12,13 @@ from tests.workers.test_worker import SECRET, Client, at_rest, remote, until, wo
 from workers.config import EngineConfig, TransferConfig, WorkerConfig
 from workers.engine.engine import Engine
 from workers.models.catalog import prepare_model
+from workers.models.checkpoint import read_json
 from workers.models.random_model import write_random_model
 from workers.protocol.messages import Prefill, PrefillDone, Sampling, Ticketed
 from workers.worker import Worker
 
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss"]
+ON_TORCH = ("deepseek_v2", "deepseek_v3", "gpt_oss")  # no native kernels
 GREEDY = Sampling(max_tokens=16, seed=1, temperature=0.0, ignore_eos=True)
 START = list(range(3, 60))
 PROMPTS = [[*START, 99, 98], [*START, 97], list(range(200, 120, -1)), [5, 6, 7], [40] * 20]
@@ -25,6 +27,10 @@ PROMPTS = [[*START, 99, 98], [*START, 97], list(range(200, 120, -1)), [5, 6, 7],
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_model(tmp_path_factory.mktemp("m"), {"model_type": request.param}, seed=3)
+
+
+def model_type(path: Path) -> str:
+    return str(read_json(path / "config.json")["model_type"])
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +47,16 @@ def settings(**engine: Any) -> EngineConfig:
     )
 
 
-def test_the_engine_says_what_transformers_says(model: Path, oracle: Oracle) -> None:
+@pytest.mark.parametrize("kernels", ["torch", "auto"])
+def test_the_engine_says_what_transformers_says(model: Path, oracle: Oracle, kernels: str) -> None:
     """Prompts in chunks beside decoded tokens, and so few blocks that requests are preempted."""
+    if kernels == "auto" and model_type(model) in ON_TORCH:
+        pytest.skip("auto is torch")
     engine = Engine(
-        settings(num_blocks=16, block_size=8, max_num_batched_tokens=24), prepare_model(str(model))
+        settings(kernels=kernels, num_blocks=16, block_size=8, max_num_batched_tokens=24),
+        prepare_model(str(model)),
     )
+    assert (engine.runner.kernels == "torch") == (kernels == "torch")
     for _ in range(2):  # the second time out of the prefix cache, as far as it reaches
         for prompt, answer in zip(PROMPTS, engine.generate(PROMPTS, GREEDY), strict=True):
             assert len(answer.tokens) == 16
