@@ -1,0 +1,58 @@
+"""What test_moe.py runs besides: the kernels compile for real GPUs, which needs none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.triton import moe, moe_route
+
+TYPES = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
+
+
+def build(kernel: Any, architecture: int, arguments: dict[str, str], constants: dict[str, Any]) -> str:
+    signature = arguments | dict.fromkeys(constants, "constexpr")
+    target = GPUTarget("cuda", architecture, 32)
+    return str(triton.compile(ASTSource(kernel, signature, constexprs=constants), target=target).asm["ptx"])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "biased"), [(80, "bf16", True), (90, "fp32", True), (90, "fp16", False)]
+)
+def test_experts(architecture: int, dtype: str, biased: bool) -> None:
+    values, blocks = TYPES[dtype], {"rows": "*i32", "experts": "*i32"}
+    tile = {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32 if dtype == "fp32" else 64}
+    sizes = dict.fromkeys(("count", "num_experts", "top_k", "hidden", "inner"), "i32")
+    first = (
+        dict.fromkeys(("x", "w", "bias", "middle"), values)
+        | blocks
+        | sizes
+        | {"alpha": "fp32", "limit": "fp32"}
+    )
+    ptx = [build(moe._gate_up, architecture, first, {"BIASED": biased, "CLAMPED": biased, **tile})]
+    del sizes["top_k"]
+    second = dict.fromkeys(("middle", "w", "bias"), values) | {"weights": "*fp32", "results": "*fp32"}
+    ptx.append(build(moe._down, architecture, second | blocks | sizes, {"BIASED": biased, **tile}))
+    if dtype != "fp32":  # by the matrix units
+        assert all("mma" in text for text in ptx)
+    third = {"results": "*fp32", "out": "*fp32", "hidden": "i32"}
+    build(moe._sum, architecture, third, {"TOP_K": 8, "WIDTH": 1024})
+
+
+@pytest.mark.parametrize(("architecture", "groups", "top2"), [(80, 1, False), (90, 8, False), (90, 8, True)])
+def test_routing(architecture: int, groups: int, top2: bool) -> None:
+    arguments = {"logits": "*fp32", "bias": "*fp32", "weights": "*fp32", "chosen": "*i64"}
+    arguments |= {"num_tokens": "i32", "num_experts": "i32", "scale": "fp32"}
+    constants = {"TOP_K": 6, "SIGMOID": top2, "SOFTMAX_AFTER": False, "NORMALIZE": True, "BIASED": top2}
+    constants |= {
+        "GROUPS": groups,
+        "TOP_GROUPS": (groups + 1) // 2,
+        "TOP2_SUM": top2,
+        "EXPERTS": 256,
+        "TOKENS": 4,
+    }
+    build(moe_route._route, architecture, arguments, constants)

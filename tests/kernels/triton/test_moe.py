@@ -1,0 +1,29 @@
+"""Triton's experts and routing against the oracle: under its interpreter everywhere, compiled where there is a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.kernels.triton.test_relayout import run_cases
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed; pip install -e '.[dev]'"
+)
+
+
+def test_interpreted() -> None:
+    run_cases("moe_cases.py", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
+def test_builds_for_gpus(tmp_path: Path) -> None:
+    run_cases("moe_builds.py", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_compiled() -> None:
+    run_cases("moe_cases.py", TRITON_INTERPRET="0")
