@@ -99,9 +99,14 @@ class Board:
             for position, fields in entries:
                 self._positions[group] = position
                 try:
-                    found.append(_decode_counts(fields.get(b"c", b"")))
+                    counts = _decode_counts(fields.get(b"c", b""))
                 except msgspec.MsgspecError as error:
                     log.warning("experts: counts of group %s can't be read: %s", group, error)
+                    continue
+                if counts.group != group:
+                    log.warning("experts: counts of group %s are in the log of %s", counts.group, group)
+                    continue
+                found.append(counts)
             if len(entries) < _MESSAGES_PER_READ:
                 return found
 

@@ -43,6 +43,11 @@ class ExpertMetrics:
             ["pool", "group", "phase"],
             registry=registry,
         )
+        self.watching = Gauge(
+            "headrace_expert_watching",
+            "1 while this router reads what ranks count; 0 while Redis is away, or if it has ended.",
+            registry=registry,
+        )
         self._lost = Counter(
             "headrace_expert_counts_lost",
             "Messages with counts that were missed.",

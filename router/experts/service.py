@@ -65,6 +65,14 @@ class ExpertService:
 
     async def start(self) -> None:
         self._loop = asyncio.create_task(self._run())
+        self._loop.add_done_callback(self._ended)
+
+    def _ended(self, loop: asyncio.Task[None]) -> None:
+        """It goes on until it is stopped; if ever it does not, that is said, and seen in metrics."""
+        if not loop.cancelled() and (error := loop.exception()) is not None:
+            self.trouble, self.leader = f"rebalancing has ended: {error!r}", ""
+            self.metrics.watching.set(0)
+            log.error("experts: %s", self.trouble, exc_info=error)
 
     async def stop(self) -> None:
         self._stopping = True
@@ -85,10 +93,12 @@ class ExpertService:
                     log.warning("experts: Redis is away, placements stay as they are: %s", error)
                 self.trouble = f"Redis is away: {error}"
                 self.leader = ""
+                self.metrics.watching.set(0)
             else:
                 if self.trouble:
                     log.info("experts: Redis is there")
                 self.trouble = ""
+                self.metrics.watching.set(1)
             await asyncio.sleep(self._config.interval_s * random.uniform(0.9, 1.1))
 
     async def look(self) -> None:

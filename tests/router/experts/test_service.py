@@ -208,6 +208,21 @@ async def test_without_redis_nothing_is_posted_and_it_is_said(own_valkey, caplog
         await until(lambda: router.service.trouble == "")
 
 
+async def test_if_it_ever_ends_that_is_said(valkey, caplog, monkeypatch):
+    async with cluster(valkey) as (_, router):
+        await until(lambda: router.registry.get_sample_value("headrace_expert_watching") == 1)
+
+        def impossible(*args):
+            raise RuntimeError("this can't be")
+
+        monkeypatch.setattr("router.experts.service.groups_of", impossible)
+        await until(lambda: router.service.trouble != "")
+        assert router.service.trouble == 'rebalancing has ended: RuntimeError("this can\'t be")'
+        assert "rebalancing has ended" in caplog.text
+        assert router.registry.get_sample_value("headrace_expert_watching") == 0
+        assert not router.service.leads
+
+
 async def test_a_dead_rank_and_its_return(valkey):
     async with cluster(valkey) as (group, router):
         await until(lambda: router.phase is Phase.BALANCED)
@@ -292,10 +307,16 @@ async def test_what_cannot_be_read_is_told_and_does_no_harm(valkey, caplog):
             )
             client.xadd(redis_keys.expert_counts("test", "g"), {"c": b"nonsense"})
             client.xadd(redis_keys.expert_counts("test", "g"), {"other": b"field"})
+            strayed = ExpertCounts("h", 0, "w0", 1, 9, 1.0, 0, 1, b"", b"")
+            client.xadd(redis_keys.expert_counts("test", "g"), {"c": msgspec.msgpack.encode(strayed)})
+            short = ExpertCounts("g", 0, "w0", 1, 10**9, 1.0, 0, 1, b"123", b"")
+            client.xadd(redis_keys.expert_counts("test", "g"), {"c": msgspec.msgpack.encode(short)})
         await until(lambda: group.balancedness() > 0.95)
         assert "what worker w77 says can't be read" in caplog.text
         assert "worker w0 reports under the name w78" in caplog.text
         assert "counts of group g can't be read" in caplog.text
+        assert "counts of group h are in the log of g" in caplog.text
+        assert "`routed` has 3 bytes" in caplog.text
 
 
 async def test_switched_off_it_is_only_shown(valkey):
