@@ -99,7 +99,8 @@ def fused_experts(
 
 def _block_rows(count: int, num_experts: int) -> int:
     """As many as an expert gets, for an even share: more would be multiplied for nothing."""
-    return min(128, max(16, triton.next_power_of_2(count // num_experts + 1)))
+    share: int = triton.next_power_of_2(count // num_experts + 1)
+    return min(128, max(16, share))
 
 
 def _or(biases: tuple[Tensor, Tensor] | None, index: int, other: Tensor) -> Tensor:
