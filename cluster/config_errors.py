@@ -92,11 +92,14 @@ def nearest_name(name: str, names: list[str]) -> str | None:
     """The allowed name that was most likely meant: a near spelling, or the same last part elsewhere."""
     parent, _, last = name.rpartition(".")
     siblings = [other for other in names if other.rpartition(".")[0] == parent]
-    for candidates in (siblings, names):
-        if close := difflib.get_close_matches(name, candidates, n=1, cutoff=0.8):
-            return close[0]
+    # By the last part: the section that both share would make short names alike.
+    if close := difflib.get_close_matches(last, [other.rpartition(".")[2] for other in siblings], 1, 0.75):
+        return f"{parent}.{close[0]}".lstrip(".")
     same_last = [other for other in names if other.rpartition(".")[2] == last]
     if same_last:
         return difflib.get_close_matches(name, same_last, n=1, cutoff=0.0)[0]
+    elsewhere = [other for other in names if other not in siblings]
+    if close := difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.8):
+        return close[0]
     close_last = difflib.get_close_matches(last, {other.rpartition(".")[2] for other in siblings}, n=1)
     return f"{parent}.{close_last[0]}".lstrip(".") if close_last else None

@@ -47,7 +47,8 @@ class Routers:
                 num_replicas=self._replicas,
                 ray_actor_options={"num_cpus": 0},
                 health_check_period_s=1.0,
-                health_check_timeout_s=3.0,
+                # A router whose host is starved for seconds still holds its streams: replacing it would end them.
+                health_check_timeout_s=15.0,
                 graceful_shutdown_wait_loop_s=0.1,
                 graceful_shutdown_timeout_s=10.0,
                 logging_config=quiet,
