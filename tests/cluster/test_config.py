@@ -229,6 +229,14 @@ def test_every_mistake_is_listed(tmp_path: Path) -> None:
             "router.timeout_s is 0.6: it must be at least twice worker.heartbeat_s (0.5)",
         ),
         ({"supervisor.backoff_max_s": 0.1}, "supervisor.backoff_max_s must be at least"),
+        (
+            {"pools.decode.replicas": 3, "pools.decode.expert_parallel": 2},
+            "replicas is 3, expert_parallel is 2: it must divide the number of workers",
+        ),
+        (
+            {"pools.decode.replicas": 2, "pools.decode.expert_parallel": 2, "planner.apply": True},
+            "pools.decode.expert_parallel is 2: the planner can't start and end such workers",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_together(overrides: dict[str, Any], expected: str) -> None:

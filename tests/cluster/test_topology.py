@@ -143,3 +143,18 @@ def test_loopback_listeners_are_refused_across_hosts() -> None:
         },
     )
     check_reachable(open_config, {"prefill-0": "a", "decode-0": "b"}, "a")
+
+
+def test_workers_that_share_experts_are_placed_together() -> None:
+    made = planned(machine(), pools__decode__replicas=4, pools__decode__expert_parallel=2)
+    decode = made.of("decode")
+    assert [replica.together for replica in decode] == ["decode-ep0"] * 2 + ["decode-ep1"] * 2
+    assert [replica.expert_rank.rank for replica in decode if replica.expert_rank] == [0, 1, 0, 1]
+    assert [replica.together for replica in made.of("prefill")] == ["prefill"]
+
+
+def test_ranks_on_one_gpu_are_refused() -> None:
+    shared = {"pools__decode__replicas": 2, "pools__decode__expert_parallel": 2}
+    with pytest.raises(TopologyError, match="NCCL needs one for each"):
+        planned(machine(8, 1), **shared)
+    assert planned(machine(8, 1), experts__exchange="gloo", **shared).of("decode")
