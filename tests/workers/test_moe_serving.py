@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.e2e.oracle import Oracle
 from tests.workers.test_worker import SECRET, Client, at_rest, remote, until, work
@@ -22,6 +24,14 @@ ON_TORCH = ("deepseek_v2", "deepseek_v3", "gpt_oss")  # no native kernels
 GREEDY = Sampling(max_tokens=16, seed=1, temperature=0.0, ignore_eos=True)
 START = list(range(3, 60))
 PROMPTS = [[*START, 99, 98], [*START, 97], list(range(200, 120, -1)), [5, 6, 7], [40] * 20]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

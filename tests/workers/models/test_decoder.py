@@ -14,6 +14,8 @@ from tests.workers.models.test_rope import SCALINGS
 from workers.models.decoder import Decoder, load_decoder
 from workers.models.random_model import write_random_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 BLOCK_SIZE = 4
 

@@ -19,6 +19,8 @@ from workers.models.mxfp4 import widen
 from workers.models.random_model import write_random_model
 from workers.models.scheme import choose_scheme
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [16, 8]}
 
 

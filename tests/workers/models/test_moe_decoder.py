@@ -19,6 +19,8 @@ from workers.models.moe import LocalExperts, local_experts
 from workers.models.random_model import write_random_model
 from workers.models.spec import DecoderSpec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
 MODELS: dict[str, dict[str, Any]] = {
     "mixtral": {"model_type": "mixtral"},

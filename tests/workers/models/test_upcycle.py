@@ -25,6 +25,8 @@ from workers.models.random_model import write_random_model
 from workers.models.spec import DecoderSpec
 from workers.models.upcycle import Upcycling, upcycle
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IDS = torch.randint(0, 259, (40,), generator=torch.Generator().manual_seed(2))
 
 
