@@ -207,7 +207,9 @@ class ExpertsConfig(Section):
         True, description="place experts anew while serving; off: their load is only shown"
     )
     interval_s: float = Field(2.0, gt=0, description="seconds between two looks at the load of experts")
-    window_s: float = Field(3.0, gt=0, description="seconds of counts that are kept together")
+    window_s: float = Field(
+        3.0, gt=0, description="seconds of counts that are kept together, more where few tokens are served"
+    )
     half_life_s: float = Field(30.0, gt=0, description="seconds after which a count weighs half as much")
     min_tokens: int = Field(
         20_000,

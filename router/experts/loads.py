@@ -28,7 +28,9 @@ class _Heard:
 class Loads:
     """Of one group: `layers` with `experts` logical experts each, on `ranks` ranks. `now` is time.monotonic()."""
 
-    def __init__(self, layers: int, experts: int, ranks: int, *, window_s: float, half_life_s: float) -> None:
+    def __init__(
+        self, layers: int, experts: int, ranks: int, *, window_s: float, half_life_s: float, enough: int
+    ) -> None:
         self.layers = layers
         self.experts = experts
         self.ranks = ranks
@@ -36,7 +38,9 @@ class Loads:
         self.repeated = 0
         self.heard_at: float | None = None
         self.tokens = [0] * ranks  # computed by each rank, over all layers, since this object was made
-        self._windows = Windows(layers, experts, ranks, window_s, half_life_s)
+        self._windows = Windows(
+            layers, experts, ranks, window_s=window_s, half_life_s=half_life_s, enough=enough
+        )
         self._heard: list[_Heard | None] = [None] * ranks
         self._version = -1  # of the placement that `computed` is about
 
@@ -63,22 +67,22 @@ class Loads:
             self._version = version
             self._windows.forget_computed()
 
-    def halves(self, now: float) -> Array:
+    def halves(self) -> Array:
         """[2, layers, experts]: tokens sent to each expert, in two independent halves of the messages."""
-        return self._windows.total(now, lambda window: window.routed)
+        return self._windows.total(lambda window: window.routed)
 
-    def routed(self, now: float) -> Array:
+    def routed(self) -> Array:
         """[layers, experts]: tokens sent to each expert, those of long ago less by their age."""
-        return np.asarray(self.halves(now).sum(axis=0))
+        return np.asarray(self.halves().sum(axis=0))
 
-    def computed(self, now: float) -> Array:
+    def computed(self) -> Array:
         """[layers, ranks]: tokens that each rank computed with the placement that was named to `placed` last."""
-        return self._windows.total(now, lambda window: window.computed)
+        return self._windows.total(lambda window: window.computed)
 
-    def expert_share(self, now: float) -> float | None:
+    def expert_share(self) -> float | None:
         """Of a rank's time, the part spent in experts, on the rank where it is largest. None: not measured."""
-        seconds = self._windows.total(now, lambda window: window.seconds)
-        spent = self._windows.total(now, lambda window: window.expert_s)
+        seconds = self._windows.total(lambda window: window.seconds)
+        spent = self._windows.total(lambda window: window.expert_s)
         if not spent.any():
             return None
         return float(min(np.max(spent / np.where(seconds > 0, seconds, np.inf)), 1.0))

@@ -21,14 +21,14 @@ async def view_of(watched: Watched, now: float) -> dict[str, Any]:
     """One group. Loads of experts are relative: 1 is an expert with the mean load of its layer. now: time.monotonic()."""
     found = _view(watched, now)
     # Of a large model this takes tens of milliseconds: streams must not wait for it.
-    best = await asyncio.to_thread(_best, watched.group, watched.loads.routed(now))
+    best = await asyncio.to_thread(_best, watched.group, watched.loads.routed())
     found["balancedness"]["best"] = best
     return found
 
 
 def _view(watched: Watched, now: float) -> dict[str, Any]:
     group = watched.group
-    routed = watched.loads.routed(now)
+    routed = watched.loads.routed()
     measured, predicted = watched.measured(now), watched.predicted(now)
     placement = group.placement()
     planned = watched.planned
@@ -70,7 +70,7 @@ def _rank(watched: Watched, number: int, now: float) -> dict[str, Any]:
     report = watched.group.ranks[number]
     if report is None:
         return {"rank": number, "state": "gone" if number not in watched.group.members else "missing"}
-    computed = watched.loads.computed(now)
+    computed = watched.loads.computed()
     mean = computed.sum() / max(len(watched.group.alive), 1)
     posted = watched.state.posted
     if report.refused >= max(posted, report.version + 1):

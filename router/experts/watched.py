@@ -46,6 +46,7 @@ class Watched:
             len(group.ranks),
             window_s=config.window_s,
             half_life_s=config.half_life_s,
+            enough=config.min_tokens,
         )
         self._config = config
 
@@ -70,9 +71,9 @@ class Watched:
         heard_at = self.loads.heard_at
         return Seen(
             self.group,
-            self.loads.halves(now),
+            self.loads.halves(),
             None if heard_at is None else now - heard_at,
-            self.loads.expert_share(now),
+            self.loads.expert_share(),
         )
 
     def look(self, group: Group, post: ExpertPost | None, now: float) -> Verdict:
@@ -104,13 +105,13 @@ class Watched:
 
     def measured(self, now: float) -> Balance | None:
         """Of what the ranks really computed. None: nothing was counted with this placement."""
-        computed: Array = self.loads.computed(now)
+        computed: Array = self.loads.computed()
         return balance(computed, self.group.topology()) if computed.any() else None
 
     def predicted(self, now: float) -> Balance | None:
         """Of the present load under the present placement."""
         placement = self.group.placement()
-        routed = self.loads.routed(now)
+        routed = self.loads.routed()
         if placement is None or not routed.any():
             return None
         return balance(rank_loads(placement, routed), self.group.topology())

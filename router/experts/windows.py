@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-MAX_WINDOWS = 12
+MAX_WINDOWS = 24
+_PARTS = 8  # windows that hold enough together
 # Windows in a row that differ from what came before: one alone may be a burst that is over already.
 _CONFIRM = 2
 # Times the difference that independent tokens would make by chance: tokens of one text go to the same experts, and
@@ -36,40 +37,55 @@ class Window:
 
 
 class Windows:
-    """Of one group. Memory is bounded: MAX_WINDOWS windows."""
+    """Of one group. Memory is bounded: MAX_WINDOWS windows.
 
-    def __init__(self, layers: int, experts: int, ranks: int, window_s: float, half_life_s: float) -> None:
+    A window is full after `window_s`, but not before it has its part of `enough` tokens: where few are served, windows
+    are longer, and it takes longer until they are forgotten.
+    """
+
+    def __init__(
+        self, layers: int, experts: int, ranks: int, *, window_s: float, half_life_s: float, enough: int
+    ) -> None:
+        """`enough`: tokens of a layer that say how experts are used, each counted once for every expert."""
         self._shape = (layers, experts, ranks)
         self._window_s = window_s
-        self._half_life_s = half_life_s
+        self._fades = 0.5 ** (window_s / half_life_s)  # by this factor for each window
+        self._enough = enough
         self._windows: deque[Window] = deque(maxlen=MAX_WINDOWS)  # the last one is open
         self.changes = 0  # how often the load was seen to have changed
 
     def at(self, now: float) -> Window:
         """The window that what is heard now belongs to."""
-        if not self._windows or now - self._windows[-1].began >= self._window_s:
+        if not self._windows or self._is_full(self._windows[-1], now):
             self._drop_what_is_over()
             self._windows.append(Window(now, *self._shape))
         return self._windows[-1]
 
-    def total(self, now: float, of: Callable[[Window], Array]) -> Array:
-        """The sum over windows, each halved for every half-life of its age. Zero before anything was counted."""
-        if not self._windows:
-            return np.zeros_like(of(Window(now, *self._shape)))
-        weights = [0.5 ** (max(now - window.began, 0.0) / self._half_life_s) for window in self._windows]
-        return np.asarray(
-            sum(weight * of(window) for weight, window in zip(weights, self._windows, strict=True))
-        )
+    def total(self, of: Callable[[Window], Array]) -> Array:
+        """The sum over windows, of older ones less. Zero before anything was counted."""
+        found = np.zeros_like(of(Window(0.0, *self._shape)))
+        for window in self._windows:
+            found = found * self._fades + of(window)
+        return found
 
     def forget_computed(self) -> None:
         """The ranks have another placement now: what they computed before says nothing of it."""
         for window in self._windows:
             window.computed[:] = 0
 
+    def _is_full(self, window: Window, now: float) -> bool:
+        return now - window.began >= self._window_s and _tokens(window) >= self._enough / _PARTS
+
     def _drop_what_is_over(self) -> None:
-        """Called when a window is full. What came before a change of load says nothing of what comes."""
+        """Called when a window is full. What came before a change of load says nothing of what comes.
+
+        Enough stays in any case: where texts come one after the other, each is a change.
+        """
         windows = list(self._windows)
-        older, recent = windows[:-_CONFIRM], windows[-_CONFIRM:]
+        kept = _CONFIRM
+        while kept < len(windows) and sum(map(_tokens, windows[-kept:])) < self._enough:
+            kept += 1
+        older, recent = windows[:-kept], windows[-_CONFIRM:]
         if not older:
             return
         before = np.asarray(sum(window.routed.sum(axis=0) for window in older))
@@ -77,6 +93,11 @@ class Windows:
             self.changes += 1
             for _ in older:
                 self._windows.popleft()
+
+
+def _tokens(window: Window) -> float:
+    """Of a layer, on average."""
+    return float(window.routed.sum()) / window.routed.shape[1]
 
 
 def differ(before: Array, after: Array) -> bool:
