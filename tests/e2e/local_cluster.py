@@ -109,7 +109,7 @@ class LocalCluster:
         for process in self.processes.values():
             if process.popen is not None:
                 try:
-                    process.popen.wait(10)
+                    process.popen.wait(30)  # an interpreter with torch takes seconds to end on busy cores
                 except subprocess.TimeoutExpired:
                     process.popen.kill()
                     process.popen.wait()

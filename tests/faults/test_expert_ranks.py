@@ -18,7 +18,6 @@ from workers.models.random_model import write_random_model
 from workers.protocol.messages import Sampling
 
 TOKENS = 60
-KERNELS = {"kernels": "torch"}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,7 @@ def prompts() -> list[list[int]]:
 @pytest.fixture(scope="module")
 def expected(model: Path, prompts: list[list[int]]) -> list[list[int]]:
     torch.set_num_threads(1)
-    config = EngineConfig(dtype="float32", num_blocks=512, kernels="torch")
+    config = EngineConfig(dtype="float32", num_blocks=512)
     engine = Engine(config, prepare_model(str(model)))
     return [answer.tokens for answer in engine.generate(prompts, [sampling(i) for i in range(len(prompts))])]
 
@@ -68,7 +67,6 @@ async def test_the_others_go_on_and_it_comes_back(
         prefill=2,
         decode=2,
         expert_parallel=2,
-        engine=KERNELS,
         router={"timeout_s": 1.0, "heartbeat_s": 0.2},
         transfer={"lease_s": 3.0},
     ) as cluster:
@@ -101,7 +99,6 @@ async def test_too_little_memory_for_those_who_remain(
         prefill=0,
         decode=4,
         expert_parallel=2,
-        engine=KERNELS,
         experts={"slots": 4},
         router={"timeout_s": 1.0, "heartbeat_s": 0.2},
     ) as cluster:

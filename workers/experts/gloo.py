@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,6 +21,7 @@ T = TypeVar("T")
 
 _distributed: Any = torch.distributed  # its stubs lack what is used of gloo here
 
+_LONGEST_PAUSE_S = 0.0005  # between two looks at whether something has come
 _STEP_S = 600.0  # a peer may compute for so long; one that dies ends its connections, and is noticed at once
 
 
@@ -55,6 +58,7 @@ class GlooExchange:
         self._aborted = False
         self._device = torch.device("cpu")
         self._arriving: list[tuple[Any, Tensor]] = []
+        self._giving: list[Tensor] = []
         host, port = at.split()
         wait = timedelta(seconds=timeout_s)
 
@@ -72,15 +76,18 @@ class GlooExchange:
 
     def headers(self, mine: NDArray[np.int64]) -> NDArray[np.int64]:
         everybody = torch.empty((self.size, len(mine)), dtype=torch.int64)
-        self._tried(lambda: self._group._allgather_base(everybody, torch.from_numpy(mine[None])).wait())
+        given = torch.from_numpy(mine[None])
+        self._finish(self._tried(lambda: self._group._allgather_base(everybody, given)), given, everybody)
         return everybody.numpy()
 
     def dispatch(self, x: Tensor, bound: Sequence[Bound]) -> None:
         self._device = x.device
+        self._giving.clear()
         sizes = torch.tensor([[len(one.ids), len(one.tokens)] for one in bound], dtype=torch.int64)
         sizes[self.me] = 0
         theirs = torch.empty_like(sizes)
-        self._tried(lambda: self._group.alltoall_base(theirs, sizes, [], []).wait())
+        work = self._tried(lambda: self._group.alltoall_base(theirs, sizes, [], []))
+        self._finish(work, sizes, theirs)
         others = [one for member, one in enumerate(bound) if member != self.me]
         ids = torch.from_numpy(np.concatenate([one.ids for one in others]))
         tokens = torch.from_numpy(np.concatenate([one.tokens for one in others])).to(x.device)
@@ -127,12 +134,9 @@ class GlooExchange:
 
     def abort(self) -> None:
         self._aborted = True
-        group = getattr(self, "_group", None)
-        if group is not None:
-            group.abort()
 
     def close(self) -> None:
-        self.abort()
+        self._aborted = True
 
     def _send(self, rows: Tensor, sent: list[int], received: list[int]) -> tuple[Any, Tensor]:
         arriving = torch.empty((sum(received), rows.shape[1]), dtype=rows.dtype)
@@ -141,12 +145,25 @@ class GlooExchange:
         out, given = arriving.view(-1).view(torch.uint8), rows.reshape(-1).view(torch.uint8)
         out_sizes, in_sizes = [n * width for n in received], [n * width for n in sent]
         work = self._tried(lambda: self._group.alltoall_base(out, given, out_sizes, in_sizes))
+        self._giving.append(given)  # until it has arrived
         return work, arriving
 
     def _arrived(self, arriving: tuple[Any, Tensor]) -> Tensor:
         work, rows = arriving
-        self._tried(work.wait)
+        self._finish(work, rows, *self._giving)
         return rows
+
+    def _finish(self, work: Any, *memory: Tensor) -> None:
+        """gloo can't be interrupted while it waits for a peer that lives: what is given up is left to a thread."""
+        pause = 0.0
+        while not work.is_completed():
+            if self._aborted:
+                leave = (self._group, self._store, work, memory)
+                threading.Thread(target=_keep, args=leave, name="experts-gloo-left", daemon=True).start()
+                raise GroupBroken("the exchange was aborted")
+            time.sleep(pause)
+            pause = min(pause * 2 or 0.00002, _LONGEST_PAUSE_S)
+        self._tried(work.wait)
 
     def _tried(self, call: Callable[[], T]) -> T:
         if self._aborted:
@@ -155,3 +172,8 @@ class GlooExchange:
             return call()
         except RuntimeError as error:  # all that gloo has: a lost peer, a time-out, an abort
             raise GroupBroken(f"gloo: {error}") from error
+
+
+def _keep(*what: Any) -> None:
+    """Hold what gloo may still write to, and whose end would wait for it."""
+    time.sleep(2 * _STEP_S)

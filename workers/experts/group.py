@@ -106,7 +106,7 @@ class ExpertGroup:
         self._turn = 0
         self._idle = True
         self._announced = (-1, -1)  # the version and the layers that the others know us to be ready for
-        self._wanted = contiguous(model.num_layers, model.num_experts, size)
+        self._wanted = contiguous(model.num_layers, model.num_experts, size, version=1)
         self._proposed: Placement | None = None
         self._aim = self._now = self._wanted  # what is being loaded, and what is computed with
         self._switched = 0  # leading layers of the aim in which it is computed with

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.reference_moe import combine, grouped_mlp, permute
+from tests.workers.experts.fake_nccl import FakeCuda, World
 from workers.experts.copies import LayerCopies
 from workers.experts.counts import Counts
 from workers.experts.exchange import Exchange, Shape
 from workers.experts.gloo import GlooExchange, GlooStore
+from workers.experts.nccl import NcclExchange
 from workers.experts.parallel import ParallelExperts, Route
 from workers.experts.shm import Segment, ShmExchange
 from workers.protocol.experts import Placement
@@ -83,6 +86,19 @@ def gloo(size: int, shape: Shape) -> list[GlooExchange]:
         [partial(GlooExchange, store.at, "127.0.0.1", size, me, shape, 20.0) for me in range(size)]
     )
     store.close()
+    return exchanges
+
+
+def nccl(size: int, shape: Shape) -> list[NcclExchange]:
+    """Over a stand-in: there is no GPU here."""
+    world, unique_id = World(), os.urandom(128)
+
+    def join(me: int) -> NcclExchange:
+        cuda: Any = FakeCuda(world)
+        return NcclExchange(cuda, torch.device("cpu"), unique_id, size, me, shape, 20.0)
+
+    exchanges = at_once([partial(join, me) for me in range(size)])
+    assert not world.wrong
     return exchanges
 
 

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.workers.experts.ranks import Rank, Weights, at_once, gloo, shm
+from tests.workers.experts.ranks import Rank, Weights, at_once, gloo, nccl, shm
 from workers.experts.exchange import Exchange, GroupBroken, Shape
 from workers.experts.shm import Segment, ShmExchange
 from workers.protocol.experts import Placement
@@ -41,7 +41,7 @@ def random_placement(num_experts: int, members: list[int], num_ranks: int, rng: 
 DTYPES = st.sampled_from(["float32", "bfloat16"])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32), size=st.integers(1, 4), dtype=DTYPES)
 def test_any_tokens_any_placement(seed: int, size: int, dtype: str) -> None:
     check(shm, seed, size, dtype)
@@ -51,6 +51,26 @@ def test_any_tokens_any_placement(seed: int, size: int, dtype: str) -> None:
 @given(seed=st.integers(0, 2**32), size=st.integers(2, 4), dtype=DTYPES)
 def test_over_gloo(seed: int, size: int, dtype: str) -> None:
     check(gloo, seed, size, dtype)
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**32), size=st.integers(2, 4), dtype=DTYPES)
+def test_over_nccl(seed: int, size: int, dtype: str) -> None:
+    check(nccl, seed, size, dtype)
+
+
+@pytest.mark.parametrize("kind", [shm, gloo, nccl])
+def test_a_wait_for_a_dead_one_is_ended_by_abort(kind: Any) -> None:
+    first, second, _ = kind(3, Shape(HIDDEN, "float32", "float32", max_tokens=1, top_k=1, header=1))
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(exchange.headers, np.zeros(1, np.int64)) for exchange in (first, second)]
+        first.abort()
+        second.abort()
+        for one in waiting:
+            with pytest.raises(GroupBroken):
+                one.result(timeout=20)
+    with pytest.raises(GroupBroken):
+        first.headers(np.zeros(1, np.int64))
 
 
 def check(exchanges: Callable[[int, Shape], Sequence[Exchange]], seed: int, size: int, dtype: str) -> None:
@@ -110,19 +130,6 @@ def test_headers_meet() -> None:
             assert gathered.tolist() == [[member, turn * 10 + member] for member in range(3)]
 
 
-def test_whoever_waits_for_a_dead_one_is_woken_by_abort() -> None:
-    first, second, _ = shm(3, Shape(HIDDEN, "float32", "float32", max_tokens=1, top_k=1, header=1))
-    with ThreadPoolExecutor(2) as pool:
-        waiting = [pool.submit(exchange.headers, np.zeros(1, np.int64)) for exchange in (first, second)]
-        first.abort()
-        second.abort()
-        for one in waiting:
-            with pytest.raises(GroupBroken):
-                one.result(timeout=10)
-    with pytest.raises(GroupBroken):
-        first.dispatch(torch.zeros(0, HIDDEN), [])
-
-
 def _in_a_process(path: str, me: int, shape: Shape, placement: Placement, answers: Any) -> None:
     torch.set_num_threads(1)
     weights = Weights.random(6, HIDDEN, INNER, torch.float32)
@@ -139,6 +146,7 @@ def _in_a_process(path: str, me: int, shape: Shape, placement: Placement, answer
     answers.put((me, worst))
 
 
+@pytest.mark.slow
 def test_between_processes() -> None:
     shape = Shape(HIDDEN, "float32", "float32", max_tokens=8, top_k=2)
     segment = Segment(3, shape)

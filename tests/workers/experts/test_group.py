@@ -55,7 +55,7 @@ def test_ten_placements_while_tokens_flow(model: Path, kernels: str) -> None:
     given, rng = prompts(9), random.Random(5)
     wanted = expected(model, given, GREEDY)
     with Group(model, 3, slots=8, staging=1, engine={"kernels": kernels}) as group:
-        for version in range(1, 11):
+        for version in range(2, 12):
             placement = random_placement(version, 2, 8, 3, rng)
             waiting = [group.ranks[i % 3].submit(prompt, GREEDY) for i, prompt in enumerate(given)]
             for rank in group.ranks:
@@ -127,7 +127,7 @@ def test_what_cannot_be_done_is_refused_with_the_reason(
         until(lambda: all(rank.group.status.refused == 3 for rank in group.ranks), "it was not refused")
         for rank in group.ranks:
             assert reason in rank.group.status.reason
-            assert rank.group.status.version == 0
+            assert rank.group.status.version == 1
         waiting = group.ranks[0].submit(prompts(1)[0], GREEDY)
         assert waiting() == expected(model, prompts(1), GREEDY)[0]
 
@@ -137,11 +137,11 @@ def test_weights_come_from_other_ranks(model: Path, kernels: str) -> None:
     given = prompts(2)
     wanted = expected(model, given, GREEDY)
     with Group(model, 2, source="peers", slots=8, engine={"kernels": kernels}) as group:
-        swapped = Placement(1, (((4, 5, 6, 7), (0, 1, 2, 3)),) * 2)
+        swapped = Placement(2, (((4, 5, 6, 7), (0, 1, 2, 3)),) * 2)
         for rank in group.ranks:
             rank.plane._own.load = None  # type: ignore[assignment]  # nothing can be read any more
             rank.group.propose(swapped)
-        until(lambda: all(rank.group.status.version == 1 for rank in group.ranks), "not switched")
+        until(lambda: all(rank.group.status.version == 2 for rank in group.ranks), "not switched")
         waiting = [rank.submit(prompt, GREEDY) for rank, prompt in zip(group.ranks, given, strict=True)]
         assert [result() for result in waiting] == wanted
 
