@@ -6,6 +6,7 @@ for equal shares too. With E experts of loads w (heaviest first), R ranks and D 
 * *crowding*: the i heaviest experts are on some j ranks, and can be on at most i + D. The slots outside those ranks
   are too few for all the others, so that the lightest of them have to be inside too. Whatever j is, their sum is
   served by j ranks. With i = E this is the mean load.
+* *overflow*: what the fast ranks have no slots for is served by the slow ones: at least the lightest experts.
 * *pigeonholes*: of the (k-1) * R + 1 + D heaviest experts at most D have more than one copy, so k whole ones meet on
   some rank.
 * *copies*: see `_copies`. Where few experts carry much and redundant copies are few, this is the one that counts.
@@ -36,7 +37,8 @@ def lower_bound(loads: Floats, topology: Topology) -> float:
     fastest = float(speeds.max())
     crowding = _crowding(heavy_first, speeds, slots)
     pigeonholes = _pigeonholes(heavy_first, slots) / fastest
-    return _copies(heavy_first / fastest, slots, max(crowding, pigeonholes))
+    overflow = _overflow(heavy_first, speeds, slots)
+    return _copies(heavy_first / fastest, slots, max(crowding, pigeonholes, overflow))
 
 
 def _crowding(heavy_first: Floats, speeds: Floats, slots: Ints) -> float:
@@ -53,6 +55,14 @@ def _crowding(heavy_first: Floats, speeds: Floats, slots: Ints) -> float:
     time = (heaviest[:, None] + lightest[inside]) / fastest[None, :]
     time[j > i + redundant] = np.inf
     return float(time.min(axis=1).max())
+
+
+def _overflow(heavy_first: Floats, speeds: Floats, slots: Ints) -> float:
+    lightest = np.concatenate([[0.0], np.cumsum(heavy_first[::-1])])
+    slow_first = np.lexsort((slots, speeds))
+    outside = int(slots.sum()) - np.cumsum(slots[slow_first])
+    inside = np.maximum(len(heavy_first) - outside, 0)
+    return float((lightest[inside] / np.cumsum(speeds[slow_first])).max())
 
 
 def _pigeonholes(heavy_first: Floats, slots: Ints) -> float:

@@ -10,6 +10,7 @@ from router.experts.topology import Topology
 from workers.protocol.experts import LayerExperts, LayerShares
 
 EMPTY = -1
+_ROUNDING = 1e-9  # relative: by so much sums may differ
 
 
 class Layout:
@@ -81,17 +82,17 @@ class Layout:
         it gets with these copies; below `target` it stops trying."""
         taken = self.expert != EMPTY
         experts = self.expert[taken]
-        served = summed(experts, self.tokens[taken], len(self.loads))
         even = self.loads / np.maximum(self.copies, 1)
         if self.equal_shares:
             self.tokens[taken] = even[experts]
-        else:
-            # What was divided well stays; what has lost or gained a copy starts from equal shares.
-            kept = np.isclose(served, self.loads)
-            self.tokens[taken] = np.where(kept[experts], self.tokens[taken], even[experts])
+            self.load = summed(self.rank, self.tokens, len(self.speed))
+            return
+        # What was divided well stays; what has lost a copy starts from equal shares.
+        served = summed(experts, self.tokens[taken], len(self.loads))
+        kept = np.abs(served - self.loads) <= _ROUNDING * self.loads
+        self.tokens[taken] = np.where(kept[experts], self.tokens[taken], even[experts])
         self.load = summed(self.rank, self.tokens, len(self.speed))
-        if not self.equal_shares:
-            level(self.expert, self.rank, self.copies, self.tokens, self.load, self.speed, target)
+        level(self.expert, self.rank, self.copies, self.tokens, self.load, self.speed, target)
 
     def take(self, ranks: LayerExperts, shares: LayerShares | None) -> None:
         """Starts from a placement; copies that the ranks have no slots for are left out."""
@@ -117,10 +118,12 @@ class Layout:
 
     def placed(self) -> tuple[LayerExperts, LayerShares]:
         """Experts of each rank in ascending order, and their shares."""
+        taken = self.expert != EMPTY
+        served = summed(self.expert[taken], self.tokens[taken], len(self.loads))
         experts: list[list[tuple[int, float]]] = [[] for _ in self.speed]
-        for slot in np.flatnonzero(self.expert != EMPTY).tolist():
+        for slot in np.flatnonzero(taken).tolist():
             expert = int(self.expert[slot])
-            share = float(self.tokens[slot] / self.loads[expert])
+            share = float(self.tokens[slot] / served[expert])
             experts[self.rank[slot]].append((expert, min(share, 1.0)))
         for rank in experts:
             rank.sort()

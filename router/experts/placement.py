@@ -26,6 +26,7 @@ from router.experts.traffic import Traffic
 from router.experts.worth import Point, choose
 from workers.protocol.experts import Move, Placement, PlacementError, moves
 
+_WALK = 3  # times the effort of a plan from nothing: a walk from an incumbent has farther to go
 _IDLE = 1e-6  # of the mean: what an expert without tokens counts as, so that these are spread too
 
 
@@ -35,7 +36,7 @@ class Options(NamedTuple):
     equal_shares: bool = False  # copies share tokens equally, as in EPLB
     move_cost: float = 0.0005  # of a layer's time (or hops): what one moved expert has to gain
     max_moves: int | None = None  # of all layers together
-    effort: int = 2000  # looks of the search (`search.py`) for all layers together; about 0.3 ms each
+    effort: int = 2000  # looks of the search (`search.py`) for all layers together; 0.2 to 0.4 ms each
 
 
 class Plan(NamedTuple):
@@ -70,7 +71,9 @@ def plan(
     placement; the next one unless given. Raises PlacementError where loads, topology or traffic make no sense or the
     experts do not fit.
     """
-    loads = _checked(loads, topology, previous, traffic)
+    given = _checked(loads, topology, previous, traffic)
+    mean = given.mean(axis=1, keepdims=True)
+    loads = np.maximum(given, np.where(mean > 0, _IDLE * mean, 1.0))
     bounds = np.array([lower_bound(layer, topology) for layer in loads])
     limits = bounds * (1 + (options.imbalance if traffic else options.tolerance))
     if previous is None:
@@ -86,9 +89,9 @@ def plan(
         placement,
         needed,
         len(needed) * topology.expert_bytes,
-        tuple(rank_times(previous, loads, topology).max(axis=1).tolist()) if previous else (),
-        tuple(layout.fullest for layout in layouts),
-        tuple(bounds.tolist()),
+        _fullest(previous, given, topology) if previous else (),
+        _fullest(placement, given, topology),
+        tuple(np.where(mean[:, 0] > 0, bounds, 0.0).tolist()),
     )
 
 
@@ -125,6 +128,10 @@ def rank_times(placement: Placement, loads: Floats, topology: Topology) -> Float
     return np.where(alive, times / np.array(topology.speeds), 0.0)
 
 
+def _fullest(placement: Placement, loads: Floats, topology: Topology) -> tuple[float, ...]:
+    return tuple(rank_times(placement, loads, topology).max(axis=1).tolist())
+
+
 def balancedness(placement: Placement, loads: Floats, topology: Topology) -> Floats:
     """Of each layer: the time that all ranks together would need, divided by that of the fullest; 1 is perfect."""
     speed = sum(rank.speed for rank in topology.ranks if rank.slots)
@@ -146,8 +153,7 @@ def _checked(
         traffic.validate(loads.shape[0], loads.shape[1], max(topology.nodes) + 1)
     if previous is not None:
         _check_previous(previous, loads.shape[0], loads.shape[1], len(topology.ranks))
-    mean = loads.mean(axis=1, keepdims=True)
-    return np.maximum(loads, np.where(mean > 0, _IDLE * mean, 1.0))
+    return loads
 
 
 def _check_previous(previous: Placement, num_layers: int, num_experts: int, num_ranks: int) -> None:
@@ -193,7 +199,7 @@ def _onward(
     options: Options,
 ) -> list[Layout]:
     layouts, trails, held = [], [], []
-    budget = Budget(options.effort, len(loads))
+    to_walk, to_start_anew = Budget(_WALK * options.effort, len(loads)), Budget(options.effort, len(loads))
     for number, (row, limit) in enumerate(zip(loads, limits.tolist(), strict=True)):
         layout = Layout(row, topology, options.equal_shares)
         layout.take(previous.layers[number], previous.shares[number] if previous.shares else None)
@@ -202,12 +208,15 @@ def _onward(
         layout.divide(limit)
         trail = [_point(layout, held[-1])]
         if options.max_moves != 0:
-            trail += _walk(layout, limit, held[-1], budget)
+            trail += _walk(layout, limit, held[-1], to_walk)
             if trail[-1].fullest > limit:
-                trail.append(_point(fresh(row, topology, limit, options.equal_shares, budget), held[-1]))
+                trail.append(
+                    _point(fresh(row, topology, limit, options.equal_shares, to_start_anew), held[-1])
+                )
         layouts.append(layout)
         trails.append(trail)
-        budget.next_layer()
+        to_walk.next_layer()
+        to_start_anew.next_layer()
     mean = loads.sum(axis=1) / sum(rank.speed for rank in topology.ranks if rank.slots)
     chosen = choose(trails, (mean * options.move_cost).tolist(), options.max_moves)
     found = [point.restored(layout) for point, layout in zip(chosen, layouts, strict=True)]
