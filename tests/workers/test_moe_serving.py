@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.e2e.oracle import Oracle
+from tests.workers.experts.engines import Group
 from tests.workers.test_worker import SECRET, Client, at_rest, remote, until, work
 from workers.config import EngineConfig, TransferConfig, WorkerConfig
 from workers.engine.engine import Engine
@@ -113,3 +114,11 @@ def test_between_a_prefill_and_a_decode_worker(model: Path, oracle: Oracle, road
     finally:
         for worker in workers:
             worker.stop()
+
+
+@pytest.mark.parametrize(("size", "kernels"), [(2, "auto"), (4, "torch")])
+def test_spread_over_the_ranks_of_a_group(model: Path, oracle: Oracle, size: int, kernels: str) -> None:
+    with Group(model, size, engine={"kernels": kernels}) as group:
+        waiting = [group.ranks[i % size].submit(prompt, GREEDY) for i, prompt in enumerate(PROMPTS)]
+        for prompt, result in zip(PROMPTS, waiting, strict=True):
+            assert oracle.fault(prompt, result()) is None

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.reference import silu_mul
-from kernels.reference_moe import Activation, Routing, clamped_swiglu, combine, grouped_mlp, permute, route
+from kernels.reference_moe import Activation, Routing, clamped_swiglu, route
+from workers.models.fused_experts import FusedExperts, fused_experts_on, plain_experts
 from workers.models.layer_weights import Mlp, SparseMlp
 from workers.models.linear import make_linear
 from workers.models.spec import DecoderSpec, MoeSpec
@@ -89,10 +90,9 @@ class SparseLayer:
 class LocalExperts:
     """All experts of a layer in this process."""
 
-    def __init__(self, spec: DecoderSpec, moe: MoeSpec, weights: SparseMlp[Tensor]) -> None:
-        self.counts = torch.zeros(moe.num_experts, dtype=torch.int64, device=weights.router.device)
-        self._activation = activation_of(moe)
-        first = weights.expert(0)
+    def __init__(self, moe: MoeSpec, weights: SparseMlp[Tensor]) -> None:
+        first, device = weights.expert(0), weights.router.device
+        self.counts = torch.zeros(moe.num_experts, dtype=torch.int64, device=device)  # tokens given to each
         self._gate_up = first.gate_up.new_empty(moe.num_experts, *first.gate_up.shape)
         self._down = first.down.new_empty(moe.num_experts, *first.down.shape)
         biases = []
@@ -104,21 +104,18 @@ class LocalExperts:
         self._biases = (
             None if gate_up_biases is None or down_biases is None else (gate_up_biases, down_biases)
         )
+        clamp = None if moe.activation == "silu" else (moe.swiglu_alpha, moe.swiglu_limit)
+        fused = fused_experts_on(device, self._down.dtype, self._biases is not None, clamp)
+        self._compute: FusedExperts = fused or partial(plain_experts, clamp=clamp)
 
     def start(self, x: Tensor, weights: Tensor, experts: Tensor) -> Callable[[], Tensor]:
-        return partial(self, x, weights, experts)
-
-    def __call__(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        order, counts = permute(experts, len(self.counts))
-        self.counts += counts
-        rows = x.index_select(0, order // experts.shape[1])
-        y = grouped_mlp(rows, counts, self._gate_up, self._down, self._biases, self._activation)
-        return combine(y, order, weights)
+        self.counts.scatter_add_(0, experts.flatten(), torch.ones_like(experts.flatten()))
+        return partial(self._compute, x, weights, experts, self._gate_up, self._down, self._biases)
 
 
 def local_experts(index: int, spec: DecoderSpec, weights: SparseMlp[Tensor]) -> LocalExperts:
     assert spec.moe is not None, f"{spec.architecture} has no experts"
-    return LocalExperts(spec, spec.moe, weights)
+    return LocalExperts(spec.moe, weights)
 
 
 def _stacked(biases: tuple[Tensor | None, ...]) -> Tensor | None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,3 +212,13 @@ def test_half_precision_stays_close(tmp_path: Path) -> None:
             logits.append(sequence.logits[0].log_softmax(-1))
         divergence = (logits[0].exp() * (logits[0] - logits[1])).sum(-1)
         assert divergence.median() < 2e-2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_experts_in_triton_under_its_interpreter() -> None:
+    cases = str(Path(__file__).with_name("fused_experts_cases.py"))
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", cases]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
