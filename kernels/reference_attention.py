@@ -90,13 +90,20 @@ class AttentionPlan:
         rows.index_copy_(0, self._write_rows, values.view(-1, self._head_dim))
 
     def attend(
-        self, q: Tensor, layer: int, scale: float, window: int | None, sinks: Tensor | None = None
+        self,
+        q: Tensor,
+        layer: int,
+        scale: float,
+        window: int | None,
+        sinks: Tensor | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
         """q [T, num_heads, D] -> [T, num_heads, D]. Keys and values of this step must have been written.
 
         Causal; with a `window` a token sees the last `window` positions, its own included. `num_heads` is a multiple
         of num_kv_heads: consecutive query heads share a KV head. `sinks` [num_heads]: a score that takes part in the
-        softmax of every query of its head and has no value.
+        softmax of every query of its head and has no value. `softcap`: a score s becomes softcap * tanh(s / softcap)
+        (Gemma 2), before anything is hidden.
         """
         parts = self._parts.get(window)
         if parts is None:
@@ -105,10 +112,10 @@ class AttentionPlan:
         if sinks is not None:
             sinks = sinks.view(self._num_kv_heads, -1)
         if len(parts) == 1 and parts[0].covers_all:
-            return parts[0].attend(q, rows, self._scratch, scale, sinks)
+            return parts[0].attend(q, rows, self._scratch, scale, sinks, softcap)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for part in parts:
-            part.attend_into(out, q, rows, self._scratch, scale, sinks)
+            part.attend_into(out, q, rows, self._scratch, scale, sinks, softcap)
         return out
 
     def _first_rows(self, blocks: Tensor) -> Tensor:
@@ -204,7 +211,13 @@ class _DecodeGroup:
         self._mask = mask[:, None, None].expand(-1, heads, -1, -1).reshape(-1, 1, self._keys)
 
     def attend(
-        self, q: Tensor, block_rows: Tensor, scratch: Scratch, scale: float, sinks: Tensor | None
+        self,
+        q: Tensor,
+        block_rows: Tensor,
+        scratch: Scratch,
+        scale: float,
+        sinks: Tensor | None,
+        softcap: float | None,
     ) -> Tensor:
         """Of queries [S, num_heads, D], one for each sequence of the group; sinks [num_kv_heads, group]."""
         seqs, num_heads, dim = q.shape
@@ -214,7 +227,10 @@ class _DecodeGroup:
         planes = gathered.view(self._planes, pairs, self._keys, dim)
         k, v = planes[0], planes[-1]
         grouped = q.reshape(pairs, num_heads // self._num_kv_heads, dim)
-        scores = torch.baddbmm(self._mask, grouped, k.transpose(1, 2), alpha=scale)
+        if softcap is None:
+            scores = torch.baddbmm(self._mask, grouped, k.transpose(1, 2), alpha=scale)
+        else:
+            scores = _capped(torch.bmm(grouped, k.transpose(1, 2)), scale, softcap) + self._mask
         if sinks is not None:
             sinks = sinks.expand(seqs, -1, -1).reshape(pairs, -1)
         return torch.bmm(_softmax(scores, sinks), v).view(seqs, num_heads, dim)
@@ -227,9 +243,15 @@ class _DecodeGroup:
         scratch: Scratch,
         scale: float,
         sinks: Tensor | None,
+        softcap: float | None,
     ) -> None:
-        own = self.attend(q.index_select(0, self._rows), block_rows, scratch, scale, sinks)
+        own = self.attend(q.index_select(0, self._rows), block_rows, scratch, scale, sinks, softcap)
         out.index_copy_(0, self._rows, own)
+
+
+def _capped(products: Tensor, scale: float, softcap: float) -> Tensor:
+    """softcap * tanh(products * scale / softcap), in place."""
+    return products.mul_(scale / softcap).tanh_().mul_(softcap)
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
@@ -289,10 +311,16 @@ class _Chunk:
         self._no_bias = torch.zeros((1, 1, 1), dtype=q.dtype, device=q.device)
 
     def attend(
-        self, q: Tensor, block_rows: Tensor, scratch: Scratch, scale: float, sinks: Tensor | None
+        self,
+        q: Tensor,
+        block_rows: Tensor,
+        scratch: Scratch,
+        scale: float,
+        sinks: Tensor | None,
+        softcap: float | None,
     ) -> Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        self.attend_into(out, q, block_rows, scratch, scale, sinks)
+        self.attend_into(out, q, block_rows, scratch, scale, sinks, softcap)
         return out
 
     def attend_into(
@@ -303,6 +331,7 @@ class _Chunk:
         scratch: Scratch,
         scale: float,
         sinks: Tensor | None,
+        softcap: float | None,
     ) -> None:
         heads, (_, num_heads, dim) = self._num_kv_heads, q.shape
         group = num_heads // heads
@@ -318,7 +347,10 @@ class _Chunk:
             n = tile.end - tile.start
             rows = queries[:, tile.start * group : tile.end * group]
             keys = k[:, tile.first : tile.last].transpose(1, 2)
-            scores = torch.baddbmm(self._no_bias, rows, keys, beta=0, alpha=scale)
+            if softcap is None:
+                scores = torch.baddbmm(self._no_bias, rows, keys, beta=0, alpha=scale)
+            else:
+                scores = _capped(torch.bmm(rows, keys), scale, softcap)
             by_token = scores.view(heads, n, group, -1)
             if tile.causal is not None:
                 by_token[..., -n:] += tile.causal
@@ -340,10 +372,11 @@ def paged_attention(
     scale: float,
     window: int | None,
     sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """One layer's attention without a prepared plan: q [T, num_heads, D] -> [T, num_heads, D].
 
     Causal, grouped-query; with a `window` a token sees the last `window` positions, its own included. This step's
     keys and values must be in the cache. A model builds one `AttentionPlan` per step instead.
     """
-    return AttentionPlan(batch, kv_cache).attend(q, layer, scale, window, sinks)
+    return AttentionPlan(batch, kv_cache).attend(q, layer, scale, window, sinks, softcap)

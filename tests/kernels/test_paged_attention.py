@@ -63,7 +63,13 @@ def make(
     return Case(q, keys, values, cache, batch)
 
 
-def dense(case: Case, scale: float, window: int | None, sinks: torch.Tensor | None = None) -> torch.Tensor:
+def dense(
+    case: Case,
+    scale: float,
+    window: int | None,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
     out = torch.zeros(case.q.shape, dtype=torch.float64)
     for s, length in enumerate(case.batch.seq_lens):
         start, end = case.batch.query_start[s], case.batch.query_start[s + 1]
@@ -75,6 +81,8 @@ def dense(case: Case, scale: float, window: int | None, sinks: torch.Tensor | No
             first = 0 if window is None else max(0, position - window + 1)
             seen = slice(first, position + 1)
             scores = torch.einsum("hd,khd->hk", case.q[row].double(), k[seen]) * scale
+            if softcap is not None:
+                scores = torch.tanh(scores / softcap) * softcap
             if sinks is not None:  # a key whose value is zero
                 scores = torch.cat((scores, sinks.double()[:, None]), 1)
             weights = torch.softmax(scores, -1)[:, : k[seen].shape[0]]
@@ -124,6 +132,17 @@ def test_sinks(seqs: list[tuple[int, int]], window: int | None, dtype: torch.dty
     case, sinks = make(seqs, Shape(6, 2), dtype, layer=1), torch.randn(6).to(dtype)
     got = paged_attention(case.q, case.cache, 1, case.batch, 0.3, window, sinks)
     expected = dense(case, 0.3, window, sinks)
+    torch.testing.assert_close(got.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("seqs", [*BATCHES.values(), [(300, 300)]], ids=str)
+def test_softcap(seqs: list[tuple[int, int]], window: int | None, dtype: torch.dtype) -> None:
+    torch.manual_seed(6)
+    case = make(seqs, Shape(6, 2), dtype, layer=1)
+    got = paged_attention(case.q, case.cache, 1, case.batch, 0.3, window, softcap=0.8)
+    expected = dense(case, 0.3, window, softcap=0.8)
     torch.testing.assert_close(got.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
