@@ -35,6 +35,7 @@ PURE = (
     "workers/models/rope_spec.py",
     "workers/models/spec.py",
     "workers/protocol/experts.py",
+    "workers/experts/remaining.py",
     "router/experts/topology.py",
     "router/prefix_index.py",
     "router/index/block_table.py",

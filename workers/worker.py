@@ -173,7 +173,6 @@ class Worker:
         assert config.redis_url is not None, "the configuration has seen to it"
         node, beat_s = host_id(), config.heartbeat_s
         self._board = RankBoard(experts, config.role, config.redis_url, config.cluster, node, beat_s)
-        self._board.start()
 
     def _await_group(self, experts: ExpertPlane) -> None:
         """Until all ranks have met: nobody is told of this one before."""
@@ -181,6 +180,8 @@ class Worker:
             if self.serving.failure is not None:
                 raise RuntimeError("the engine died") from self.serving.failure
             time.sleep(_MEET_POLL_S)
+        assert self._board is not None, "the group was joined"
+        self._board.start()
 
     def _describe(self, address: str) -> WorkerInfo:
         engine = self.engine

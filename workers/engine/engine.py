@@ -144,7 +144,8 @@ class Engine:
         with self.lock:
             plan = self.scheduler.schedule()
             if plan.items:
-                begin(plan, self.runner.watch_next())
+                # A step with other ranks may be broken off: what it has written counts at its end only.
+                begin(plan, self.runner.watch_next() if self._experts is None else None)
         try:
             if not self._has_turn(plan):
                 return False

@@ -9,6 +9,7 @@ turns, and at the same one everywhere, they begin to use another placement.
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from workers.protocol.experts import LayerExperts, LayerShares, Placement, Place
 
 logger = logging.getLogger(__name__)
 
+_RETRY_S = 0.5  # after a view that could not be entered
 _WORK, _NEW_VIEW = 1, 2  # flags of a header
 _FLAGS, _TURN, _VERSION, _READY = range(4)  # its words
 
@@ -263,8 +265,13 @@ class ExpertGroup:
         if self._view is None or view.wanted.version > self._wanted.version:
             self._wanted = view.wanted
         self._view, self._now = view, view.placement
-        self.holdings.settle(self._mine(self._now))
-        self.exchange = open_exchange(view, self._rank, self.model.shape, self._host)
+        try:
+            self.holdings.settle(self._mine(self._now))
+            self.exchange = open_exchange(view, self._rank, self.model.shape, self._host)
+        except Exception as error:
+            logger.exception("view %d of the expert group can't be entered", view.number)
+            time.sleep(_RETRY_S)
+            raise GroupBroken(f"rank {self._rank} could not enter view {view.number}: {error}") from error
         if self.views.ended:  # before there was anything to abort
             self.exchange.abort()
         self._routes = [self._new_route(layer) for layer in range(self.model.num_layers)]
@@ -293,7 +300,10 @@ class ExpertGroup:
             raise Stranded(str(error)) from None
         if self._hosted is not None:
             self._hosted.close()
-        self._hosted = self._host.meeting(members, self.model.shape)
+        try:
+            self._hosted = self._host.meeting(members, self.model.shape)
+        except OSError as error:
+            raise Stranded(f"the ranks can't meet: {error}") from None
         return View(number, tuple(members), placement, self._wanted, self._hosted.meeting)
 
     def lacking(self, reason: str) -> None:
