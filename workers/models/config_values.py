@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from workers.models.errors import ModelError
+from workers.models.errors import ModelError, NotExpressed
 
 
 class ConfigValues:
@@ -46,7 +46,7 @@ class ConfigValues:
         value = self.values.get(key)
         if value is not None and value not in allowed:
             listed = " or ".join(repr(one) for one in allowed) or "null"
-            raise ModelError(f"config.json: {key} {value!r} is not supported; supported is {listed}")
+            raise NotExpressed(f"config.json: {key} {value!r} is not supported; supported is {listed}")
 
 
 def positive_number(key: str, value: Any) -> float:

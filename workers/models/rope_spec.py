@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 from workers.models.config_values import ConfigValues, positive_number
-from workers.models.errors import ModelError
+from workers.models.errors import ModelError, NotExpressed
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
@@ -49,14 +49,14 @@ def read_rope(
     values = dict(found)
     kind = values.get("rope_type", values.get("type", "default"))
     if any(isinstance(value, Mapping) for value in values.values()):
-        raise ModelError("config.json: RoPE parameters by layer type are not supported")
+        raise NotExpressed("config.json: RoPE parameters by layer type are not supported")
     if kind not in get_args(RopeKind):
-        raise ModelError(
+        raise NotExpressed(
             f"RoPE scaling {kind!r} is not supported; supported are {', '.join(get_args(RopeKind))}"
         )
     partial = values.get("partial_rotary_factor", config.values.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
-        raise ModelError(f"partial_rotary_factor {partial!r} is not supported; the whole head is rotated")
+        raise NotExpressed(f"partial_rotary_factor {partial!r} is not supported; the whole head is rotated")
 
     def number(key: str, default: float | None = None) -> float:
         value = values.get(key)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from workers.models.config_values import ConfigValues
-from workers.models.errors import ModelError
+from workers.models.errors import ModelError, NotExpressed
 from workers.models.mla_spec import MlaSpec, read_mla
 from workers.models.moe_spec import MoeSpec, read_moe
 from workers.models.rope_spec import RopeSpec, read_rope
@@ -71,7 +71,7 @@ class DecoderSpec:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> DecoderSpec:
-        """Raises ModelError for an architecture, option or value that this decoder does not express."""
+        """Raises NotExpressed for an architecture or option that this decoder lacks, ModelError for a bad value."""
         return _read(ConfigValues(config))
 
 
@@ -153,12 +153,12 @@ def _read(config: ConfigValues) -> DecoderSpec:
     model_type = config.values.get("model_type")
     known = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     if known is None or not isinstance(model_type, str):
-        raise ModelError(
+        raise NotExpressed(
             f"architecture {model_type!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
     activation = config.values.get("hidden_act", "silu")
     if activation != "silu":
-        raise ModelError(f"hidden_act {activation!r} of {model_type} is not supported; silu is")
+        raise NotExpressed(f"hidden_act {activation!r} of {model_type} is not supported; silu is")
     stored_form(config.values)  # raises for a quantization that is not read
 
     num_layers = config.integer("num_hidden_layers")
@@ -248,7 +248,7 @@ def _read_windows(config: ConfigValues, known: _Architecture, num_layers: int) -
         raise ModelError(f"config.json: layer_types must list {num_layers} layers, not {kinds!r}")
     for kind in kinds:
         if kind not in allowed:
-            raise ModelError(
+            raise NotExpressed(
                 f"config.json: layer type {kind!r} is not supported; supported are {', '.join(allowed)}"
             )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
