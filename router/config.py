@@ -214,7 +214,7 @@ class ExpertsConfig(Section):
     min_tokens: int = Field(
         20_000,
         ge=1,
-        description="tokens, each counted once for every expert that it went to, that a layer must have seen",
+        description="tokens, each counted once for every expert that it went to, that layers must have seen",
     )
     min_gain: float = Field(
         0.02,

@@ -179,7 +179,8 @@ def _worth_planning(seen: Seen, state: State, config: ExpertsConfig, now: float)
         return Verdict(Phase.WAITING, f"{silence}: the ranks are idle, or do not report")
     if (pause_s := _pause_left_s(state, config, now)) > 0:
         return Verdict(Phase.WAITING, f"{pause_s:.0f} s of the pause are left")
-    counted = float(seen.halves.sum(axis=(0, 2)).min())
+    # The last layer computes only what tokens are drawn from: of a prompt its end.
+    counted = float(np.median(seen.halves.sum(axis=(0, 2))))
     if counted < config.min_tokens or not seen.halves.sum(axis=2).all():
         return Verdict(Phase.WAITING, f"{counted:,.0f} of {config.min_tokens:,} tokens counted")
     current = group.placement()

@@ -53,6 +53,8 @@ def test_an_even_load_stays_where_it_is_and_an_uneven_one_is_planned_for():
 
 def test_few_tokens_none_or_old_ones_say_nothing():
     assert phase(seen(SKEWED / 100)) is Phase.WAITING
+    one_layer = SKEWED * np.array([0.0, 1.0])[:, None]
+    assert phase(seen(one_layer)) is Phase.WAITING
     one_half = SKEWED * np.array([2.0, 0.0])[:, None, None]
     assert phase(seen(one_half)) is Phase.WAITING
     assert phase(seen(silent_s=None)) is Phase.WAITING
