@@ -34,6 +34,7 @@ _BENCHMARKS = {
     "router": "bench.router",
     "serve": "bench.serve",
     "simulate": "bench.simulate",
+    "experts": "bench.experts",
 }
 _DEFAULT_URL = "http://127.0.0.1:8000"
 

@@ -7,6 +7,7 @@ from importlib import import_module
 
 COMMANDS = {
     "block": "bench.experts.block",  # a layer's arithmetic on a CPU, beside transformers
+    "placement": "bench.experts.placement",  # placements beside EPLB, a bound and the exact optimum
     "simulate": "bench.experts.simulate",  # live rebalancing against static placement and periodic EPLB
 }
 
