@@ -182,7 +182,10 @@ class LocalCluster:
                 assert process.popen is not None
                 if process.popen.poll() is not None:
                     raise AssertionError(f"{process.worker_id} died:\n{self.log(process.worker_id)}")
-            assert time.monotonic() < end, f"only {up} came up"
+            missing = [p for p in self.processes.values() if (p.worker_id, p.epoch) not in up]
+            assert time.monotonic() < end, "\n".join(
+                f"{p.worker_id} does not come up:\n{self.log(p.worker_id)}" for p in missing
+            )
             await asyncio.sleep(0.05)
 
     # --- requests ----------------------------------------------------------------------------------------------------
