@@ -14,6 +14,7 @@ namespace {
 // Tokens whose rows are computed at a time: enough for experts to be bound by arithmetic, and a bound on memory.
 constexpr int kBatchTokens = 1024;
 constexpr int kRouteRows = 16;  // of a task
+constexpr int kFewRows = 64;
 
 int batch_of(int max_tokens) { return std::min(max_tokens, kBatchTokens); }
 size_t padded(size_t bytes) { return bytes + 64; }
@@ -76,37 +77,50 @@ Activations MoeLayer::rows(const Moe& moe, const MoeInput& in) const {
 
 StepStatus MoeLayer::run(const Moe& moe, const MoeInput& in, int thread) {
   route(moe, in, thread);
+  pool_->barrier();
+  if (thread == 0) route_tasks_.next.store(0, std::memory_order_relaxed);
   return in.exchange.call == nullptr ? here(moe, in, thread) : among_ranks(moe, in, thread);
 }
 
-// A row is its task's alone from the norm to the choice of experts, so that no barrier is needed within.
+// A row is its task's alone from the norm to the choice of experts. Whoever ends the last task also prepares what comes
+// next, where that takes less than a barrier.
 void MoeLayer::route(const Moe& moe, const MoeInput& in, int thread) {
-  alignas(64) float tile[kTileRows * kPanel];
-  const int k_pad = moe.router.k_pad, num_experts = moe.routing.num_experts;
-  const Activations normed{Format::F32, k_pad, normed_, nullptr, nullptr}, formed = rows(moe, in);
   const int each = std::max(1, std::min(kRouteRows, (in.rows + pool_->size() - 1) / pool_->size()));
   for (int begin = route_tasks_.take() * each; begin < in.rows; begin = route_tasks_.take() * each) {
     const int end = std::min(in.rows, begin + each);
-    prepare_rows(in.x, in.stride, hidden_, in.norm, in.eps, begin, end, normed);
-    prepare_rows(normed_, k_pad, hidden_, nullptr, 0.0f, begin, end, formed);
-    for (int panel = 0; panel < moe.router.n_pad / kPanel; ++panel) {
-      gemm_panel(moe.router, panel, normed, begin, end, tile, kPanel, false);
-      for (int row = begin; row < end; ++row) {
-        std::memcpy(logits_ + static_cast<size_t>(row) * static_cast<size_t>(logits_stride_) + panel * kPanel, tile + (row - begin) * kPanel, kPanel * 4);
-      }
-    }
-    for (int row = begin; row < end; ++row) {
-      const float* logits = logits_ + static_cast<size_t>(row) * static_cast<size_t>(logits_stride_);
-      const size_t at = static_cast<size_t>(row) * static_cast<size_t>(top_k_);
-      route_row(logits, moe.routing, moe.correction_bias, own_[static_cast<size_t>(thread)], weights_ + at, experts_ + at);
-      shared_weights_[row] = moe.shared_gated ? 1.0f / (1.0f + std::exp(-logits[num_experts])) : 1.0f;
-    }
-  }
-  pool_->barrier();
-  if (thread == 0) {
-    route_tasks_.next.store(0, std::memory_order_relaxed);
+    route_rows(moe, in, begin, end, thread);
+    if (routed_.fetch_add(end - begin, std::memory_order_acq_rel) + end - begin < in.rows) continue;
+    routed_.store(0, std::memory_order_relaxed);
     count_choices(moe, in.rows);
+    if (in.exchange.call != nullptr) continue;
+    sorted_status_ = sort_own(moe, 0, std::min(batch_tokens_, in.rows));
+    if (few(moe, in) && sorted_status_ == StepStatus::Done) gather_own(moe, 0, Share(in.rows, 0, 1));
   }
+}
+
+void MoeLayer::route_rows(const Moe& moe, const MoeInput& in, int begin, int end, int thread) {
+  alignas(64) float tile[kTileRows * kPanel];
+  const int k_pad = moe.router.k_pad, num_experts = moe.routing.num_experts;
+  const Activations normed{Format::F32, k_pad, normed_, nullptr, nullptr};
+  prepare_rows(in.x, in.stride, hidden_, in.norm, in.eps, begin, end, normed);
+  prepare_rows(normed_, k_pad, hidden_, nullptr, 0.0f, begin, end, rows(moe, in));
+  for (int panel = 0; panel < moe.router.n_pad / kPanel; ++panel) {
+    gemm_panel(moe.router, panel, normed, begin, end, tile, kPanel, false);
+    for (int row = begin; row < end; ++row) {
+      std::memcpy(logits_ + static_cast<size_t>(row) * static_cast<size_t>(logits_stride_) + panel * kPanel, tile + (row - begin) * kPanel, kPanel * 4);
+    }
+  }
+  for (int row = begin; row < end; ++row) {
+    const float* logits = logits_ + static_cast<size_t>(row) * static_cast<size_t>(logits_stride_);
+    const size_t at = static_cast<size_t>(row) * static_cast<size_t>(top_k_);
+    route_row(logits, moe.routing, moe.correction_bias, own_[static_cast<size_t>(thread)], weights_ + at, experts_ + at);
+    shared_weights_[row] = moe.shared_gated ? 1.0f / (1.0f + std::exp(-logits[num_experts])) : 1.0f;
+  }
+}
+
+// So few that one thread gathers them. With a shared expert they must wait: its results go where they would be.
+bool MoeLayer::few(const Moe& moe, const MoeInput& in) const {
+  return moe.shared == nullptr && in.rows * top_k_ <= kFewRows;
 }
 
 void MoeLayer::count_choices(const Moe& moe, int rows) {
@@ -136,17 +150,22 @@ void MoeLayer::shared_expert(const Moe& moe, const MoeInput& in, int thread) {
 }
 
 StepStatus MoeLayer::here(const Moe& moe, const MoeInput& in, int thread) {
+  if (in.rows > 0 && sorted_status_ != StepStatus::Done) return sorted_status_;
   shared_expert(moe, in, thread);
   for (int first = 0; first < in.rows; first += batch_tokens_) {
     const int rows = std::min(batch_tokens_, in.rows - first);
-    if (thread == 0) sorted_status_ = sort_own(moe, first, rows);
-    pool_->barrier();
-    if (sorted_status_ != StepStatus::Done) return sorted_status_;
-    gather_own(moe, first, rows, thread);
-    pool_->barrier();
+    if (first > 0) {
+      pool_->barrier();
+      if (thread == 0) sorted_status_ = sort_own(moe, first, rows);
+      pool_->barrier();
+      if (sorted_status_ != StepStatus::Done) return sorted_status_;
+    }
+    if (!few(moe, in)) {
+      gather_own(moe, first, Share(rows, thread, pool_->size()));
+      pool_->barrier();
+    }
     mlp_.run(gathered(moe), moe.gate, outputs_.data(), thread, in.use_tiles);
     add(in, first, rows, top_k_, weights_ + static_cast<size_t>(first) * static_cast<size_t>(top_k_), results_.data(), thread);
-    pool_->barrier();
   }
   return StepStatus::Done;
 }
@@ -238,7 +257,6 @@ StepStatus MoeLayer::among_ranks(const Moe& moe, const MoeInput& in, int thread)
   pool_->barrier();
   if (collected_status_ != StepStatus::Done) return collected_status_;
   add(in, 0, in.rows, top_k_, weights_, e.returned, thread);
-  pool_->barrier();
   return StepStatus::Done;
 }
 
@@ -247,8 +265,7 @@ StepStatus MoeLayer::call(const MoeInput& in, Phase phase) {
   return failed == 0 ? StepStatus::Done : StepStatus::ExchangeFailed;
 }
 
-void MoeLayer::gather_own(const Moe& moe, int first, int rows, int thread) {
-  const Share share(rows, thread, pool_->size());
+void MoeLayer::gather_own(const Moe& moe, int first, const Share& share) {
   const Activations from = rows_.as(moe.like.gate_up), into = gathered(moe);
   for (int row = share.begin; row < share.end; ++row) {
     for (int j = 0; j < top_k_; ++j) copy_row(from, first + row, into, place_[static_cast<size_t>(row * top_k_ + j)]);

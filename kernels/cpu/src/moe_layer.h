@@ -1,12 +1,14 @@
 // One mixture-of-experts layer of a step, by all threads together: route, give each expert its rows, sum.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <vector>
 
 #include "moe.h"
 #include "moe_experts.h"
 #include "moe_route.h"
+#include "share.h"
 
 namespace hr {
 
@@ -27,17 +29,19 @@ class MoeLayer {
   static size_t bytes(const Moe& largest, int max_tokens, int threads);
   MoeLayer(Arena& arena, Pool* pool, const Moe& largest, int max_tokens);
 
-  // All threads; the status is the same for all, and so is the time of their return, but for a barrier's length.
+  // All threads; the status is the same for all. No barrier comes after the last write to `into`.
   StepStatus run(const Moe& moe, const MoeInput& in, int thread);
   int fault() const { return fault_; }  // StepResult::expert
 
  private:
   void route(const Moe& moe, const MoeInput& in, int thread);
+  void route_rows(const Moe& moe, const MoeInput& in, int begin, int end, int thread);
+  bool few(const Moe& moe, const MoeInput& in) const;
   void shared_expert(const Moe& moe, const MoeInput& in, int thread);
   StepStatus here(const Moe& moe, const MoeInput& in, int thread);
   StepStatus among_ranks(const Moe& moe, const MoeInput& in, int thread);
 
-  // Thread 0 alone, before a barrier.
+  // One thread, before a barrier.
   void count_choices(const Moe& moe, int rows);
   StepStatus sort_own(const Moe& moe, int first, int rows);
   StepStatus sort_received(const Moe& moe);
@@ -46,7 +50,7 @@ class MoeLayer {
   void plan_rows(const Moe& moe, int first, int end, float* const* outputs);
 
   // A share each.
-  void gather_own(const Moe& moe, int first, int rows, int thread);
+  void gather_own(const Moe& moe, int first, const Share& share);
   void gather_received(const Moe& moe, int first, int end, int thread);
   void add(const MoeInput& in, int first, int rows, int terms, const float* weights, const float* const* results,
            int thread);
@@ -57,11 +61,12 @@ class MoeLayer {
 
   Pool* const pool_;
   const int top_k_, batch_tokens_, hidden_, logits_stride_;
-  // What thread 0 tells the others over a barrier. Two, because it may go on to say the second before they read the first.
+  // What one thread tells the others over a barrier. Two, because thread 0 may say the second before they have read the first.
   StepStatus sorted_status_ = StepStatus::Done, collected_status_ = StepStatus::Done;
   int fault_ = 0;
 
   TaskCounter route_tasks_;
+  std::atomic<int> routed_{0};  // rows
   float* normed_;              // [tokens][k_pad], what the router reads
   ActivationBuffer rows_;      // [tokens]
   float* logits_;              // [tokens][logits_stride]

@@ -19,6 +19,7 @@ def test_interpreted() -> None:
     run_cases("moe_cases.py", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
+@pytest.mark.slow
 def test_builds_for_gpus(tmp_path: Path) -> None:
     run_cases("moe_builds.py", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
 
