@@ -128,4 +128,4 @@ def scenarios(
         yield "slow drift", drifting(domains, seconds)
         yield "change of domain", switching(domains, seconds / len(DOMAINS))
         yield "bursts", bursty(domains, 300.0)
-    yield "Zipf, drifting", zipf(layers, experts, 0.8, 10.0, seed)
+    yield "Zipf, drifting", zipf(layers, experts, 0.8, 60.0, seed)
