@@ -18,6 +18,8 @@ from router.experts.layout import EMPTY, Layout, summed
 from router.experts.topology import Topology
 from workers.protocol.experts import Placement, PlacementError
 
+_PAIRS = 4  # swaps looked at for each slot before all are calculated again
+
 
 class Traffic(NamedTuple):
     """At least one of the two."""
@@ -93,38 +95,44 @@ def exchange(layout: Layout, near: Floats, limit: float, least_gain: float, at_m
     near: `affinity` of this layer. least_gain: hops that a swap must save.
     """
     made = 0
-    while made < at_most and (swap := _best_swap(layout, near, limit, least_gain)) is not None:
-        layout.swap(*swap)
-        made += 1
+    while made < at_most:
+        before = made
+        swapped: set[int] = set()
+        # What a swap saves does not depend on other swaps of this layer, so many are made of one calculation.
+        for one, other in _swaps(layout, near, limit, least_gain):
+            if made < at_most and swapped.isdisjoint((one, other)) and _fits(layout, one, other, limit):
+                layout.swap(one, other)
+                swapped.update((one, other))
+                made += 1
+        if made == before:
+            break
     return made
 
 
-def _best_swap(layout: Layout, near: Floats, limit: float, least_gain: float) -> tuple[int, int] | None:
+def _swaps(layout: Layout, near: Floats, limit: float, least_gain: float) -> list[tuple[int, int]]:
+    """Pairs of slots whose swap fits and saves hops, best first, so many for each slot on average."""
     slots = np.flatnonzero(layout.expert != EMPTY)
-    expert, rank, node, tokens = (
-        layout.expert[slots],
-        layout.rank[slots],
-        layout.node[slots],
-        layout.tokens[slots],
-    )
+    expert, rank, node = layout.expert[slots], layout.rank[slots], layout.node[slots]
+    tokens = layout.tokens[slots]
     share = tokens / np.maximum(layout.loads[expert], 1e-300)
     value = share[:, None] * near[expert]  # [slots, N]: hops within a node, were this copy there
     there = value[:, node]  # [slots, slots]: the first at the node of the second
     own = np.diagonal(there)
     gain = there + there.T - own[:, None] - own[None, :]
-    shift = tokens[:, None] - tokens[None, :]  # what the second's rank gets more
-    load, speed = layout.load[rank], layout.speed[rank]
-    now = np.maximum(layout.times[rank], limit)  # who is above already may not rise
+    room = np.maximum(layout.times[rank], limit) * layout.speed[rank] - layout.load[rank]
+    more = tokens[:, None] - tokens[None, :]  # for the second's rank
     held = layout.held[expert][:, rank]
-    bad = (
-        ((load[None, :] + shift) / speed[None, :] > now[None, :])
-        | ((load[:, None] - shift) / speed[:, None] > now[:, None])
-        | held
-        | held.T
-    )
-    gain[bad] = 0.0
-    place = int(np.argmax(gain))
-    if gain.flat[place] <= least_gain:
-        return None
-    one, other = divmod(place, len(slots))
-    return int(slots[one]), int(slots[other])
+    gain[(more > room[None, :]) | (-more > room[:, None]) | held | held.T] = 0.0
+    first, second = np.nonzero(np.triu(gain > least_gain))
+    best = np.argsort(-gain[first, second], kind="stable")[: _PAIRS * len(slots)]
+    return list(zip(slots[first[best]].tolist(), slots[second[best]].tolist(), strict=True))
+
+
+def _fits(layout: Layout, one: int, other: int, limit: float) -> bool:
+    """No rank twice with an expert, and none above the limit, or higher than it is above it already."""
+    here, there = layout.rank[one], layout.rank[other]
+    if layout.held[layout.expert[one], there] or layout.held[layout.expert[other], here]:
+        return False
+    more = layout.tokens[one] - layout.tokens[other]
+    rank, more = (there, more) if more > 0 else (here, -more)  # only one of the two gets more
+    return bool(layout.load[rank] + more <= max(layout.times[rank], limit) * layout.speed[rank])

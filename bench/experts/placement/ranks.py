@@ -53,7 +53,7 @@ def unequal(measured: dict[str, Floats]) -> list[dict[str, Any]]:
 
 
 def _of_bound(made: Any) -> list[float]:
-    return (np.array(made.bounds) / np.array(made.after)).tolist()
+    return list((np.array(made.bounds) / np.array(made.after)).tolist())
 
 
 def across_nodes(measured: dict[str, Floats], hops: dict[str, Floats]) -> list[dict[str, Any]]:
