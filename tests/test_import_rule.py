@@ -36,6 +36,7 @@ PURE = (
     "workers/models/spec.py",
     "workers/protocol/experts.py",
     "workers/experts/remaining.py",
+    "workers/experts/switching.py",
     "router/experts/topology.py",
     "router/prefix_index.py",
     "router/index/block_table.py",

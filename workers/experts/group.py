@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from workers.experts.copies import LayerCopies
 from workers.experts.exchange import Exchange, GroupBroken, Shape
-from workers.experts.holdings import Holdings, Source, lack_of_room
+from workers.experts.holdings import Holdings, Source
 from workers.experts.meeting import Host, Hosted, open_exchange
 from workers.experts.membership import Stranded
 from workers.experts.messages import Member, View
 from workers.experts.parallel import Route
 from workers.experts.remaining import over_members
-from workers.protocol.experts import LayerExperts, LayerShares, Placement, PlacementError, contiguous
+from workers.experts.switching import Switch, of_rank
+from workers.protocol.experts import Placement, PlacementError, contiguous
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +111,7 @@ class ExpertGroup:
         self._announced = (-1, -1)  # the version and the layers that the others know us to be ready for
         self._wanted = contiguous(model.num_layers, model.num_experts, size, version=1)
         self._proposed: Placement | None = None
-        self._aim = self._now = self._wanted  # what is being loaded, and what is computed with
-        self._switched = 0  # leading layers of the aim in which it is computed with
+        self._switch = Switch(self._wanted)
         self._routes: list[Route] = []
         self._lacking, self._refused, self._reason = "the ranks have not met so far", 0, ""
         self.on_lacking: Callable[[str], None] = lambda reason: None
@@ -144,7 +144,7 @@ class ExpertGroup:
             if (headers[:, _FLAGS] & _NEW_VIEW).any():
                 self.end_view("somebody new has come")
                 continue
-            self._switch(headers)
+            self._advance(headers)
             return not self._idle
 
     def end_view(self, reason: str) -> None:
@@ -164,7 +164,7 @@ class ExpertGroup:
 
     def holders(self, layer: int, expert: int) -> list[str]:
         """Addresses of the other ranks that compute with it."""
-        view, now = self._view, self._now
+        view, now = self._view, self._switch.now
         if view is None:
             return []
         return [
@@ -179,9 +179,9 @@ class ExpertGroup:
         return has_work or self.views.newcomers or self._progress() != self._announced
 
     def _progress(self) -> tuple[int, int]:
-        return self._aim.version, self.holdings.ready
+        return self._switch.aim.version, self.holdings.ready
 
-    def _meet(self, turn: int, has_work: bool) -> np.ndarray:
+    def _meet(self, turn: int, has_work: bool) -> NDArray[np.int64]:
         assert self.views is not None
         version, ready = progress = self._progress()
         flags = (_WORK if has_work else 0) | (_NEW_VIEW if self.views.newcomers else 0)
@@ -205,7 +205,7 @@ class ExpertGroup:
         try:
             proposed.validate(self.model.num_experts, [self.slots] * self._size, self.model.num_layers)
             aim = over_members(proposed, self.model.num_experts, self._ranks, self.slots)
-            self._check_room(aim)
+            self._switch.check_room(aim, self._ranks, self.capacity)
         except PlacementError as error:
             self._refused, self._reason = proposed.version, str(error)
             logger.warning("placement %d is refused: %s", proposed.version, error)
@@ -214,42 +214,29 @@ class ExpertGroup:
             self._take_aim(aim)
         self.status = self._status()
 
-    def _check_room(self, aim: Placement) -> None:
-        """Of all ranks, so that all come to the same verdict. Raises PlacementError."""
-        for rank in self._ranks:
-            now, then = ([ranks[rank] for ranks in one.layers] for one in (self._now, aim))
-            if lack := lack_of_room(now, then, self.capacity):
-                raise PlacementError(f"rank {rank}: {lack}")
-
     def _take_aim(self, aim: Placement) -> None:
-        self._aim, self._switched = aim, 0
-        self.holdings.aim(self._mine(aim))
+        self._switch.towards(aim)
+        self.holdings.aim(of_rank(aim, self._rank))
 
-    def _switch(self, headers: np.ndarray) -> None:
+    def _advance(self, headers: NDArray[np.int64]) -> None:
         """Begin to use the layers of the aim that every rank holds."""
-        if (headers[:, _VERSION] != self._aim.version).any():
+        switch = self._switch
+        if (headers[:, _VERSION] != switch.aim.version).any():
             return
-        ready = int(headers[:, _READY].min())
-        if ready <= self._switched:
-            return
-        layers = range(self._switched, ready)
-        changed = [layer for layer in layers if _parts(self._now, layer) != _parts(self._aim, layer)]
-        self._now = _mixed(self._now, self._aim, ready)
+        before = switch.done
+        changed = switch.advance(int(headers[:, _READY].min()))
         for layer in changed:
-            self.holdings.use(layer, self._aim.layers[layer][self._rank])
+            self.holdings.use(layer, switch.now.layers[layer][self._rank])
             self._routes[layer] = self._new_route(layer)
-        self._switched = ready
-        if ready == self.model.num_layers and changed:
-            logger.info("placement %d is in use", self._now.version)
-        self.status = self._status()
+        if switch.ended and changed:
+            logger.info("placement %d is in use", switch.now.version)
+        if switch.done > before:
+            self.status = self._status()
 
     def _new_route(self, layer: int) -> Route:
-        members = self._ranks
-        copies = LayerCopies(self._now, layer, self.model.num_experts, members, members.index(self._rank))
-        return Route(copies, self.holdings.install(layer), len(self._now.layers[layer][self._rank]))
-
-    def _mine(self, placement: Placement) -> list[tuple[int, ...]]:
-        return [ranks[self._rank] for ranks in placement.layers]
+        members, now = self._ranks, self._switch.now
+        copies = LayerCopies(now, layer, self.model.num_experts, members, members.index(self._rank))
+        return Route(copies, self.holdings.install(layer), len(now.layers[layer][self._rank]))
 
     # --- views ------------------------------------------------------------------------------------------------------
 
@@ -264,9 +251,9 @@ class ExpertGroup:
         view = self.views.next_view(self._compose)
         if self._view is None or view.wanted.version > self._wanted.version:
             self._wanted = view.wanted
-        self._view, self._now = view, view.placement
+        self._view, self._switch = view, Switch(view.placement)
         try:
-            self.holdings.settle(self._mine(self._now))
+            self.holdings.settle(of_rank(view.placement, self._rank))
             self.exchange = open_exchange(view, self._rank, self.model.shape, self._host)
         except Exception as error:
             logger.exception("view %d of the expert group can't be entered", view.number)
@@ -285,17 +272,17 @@ class ExpertGroup:
         """To what is wanted, of what these members can come to."""
         aim = over_members(self._wanted, self.model.num_experts, self._ranks, self.slots)
         try:
-            self._check_room(aim)
+            self._switch.check_room(aim, self._ranks, self.capacity)
         except PlacementError as error:
             logger.warning("placement %d has to wait for another: %s", aim.version, error)
-            return self._now
+            return self._switch.now
         return aim
 
     def _compose(self, number: int, members: Sequence[Member]) -> View:
         """The next view, when this rank leads it. Raises Stranded."""
         ranks = [member.rank for member in members]
         try:
-            placement = over_members(self._now, self.model.num_experts, ranks, self.slots)
+            placement = over_members(self._switch.now, self.model.num_experts, ranks, self.slots)
         except PlacementError as error:
             raise Stranded(str(error)) from None
         if self._hosted is not None:
@@ -308,46 +295,23 @@ class ExpertGroup:
 
     def lacking(self, reason: str) -> None:
         """There is no view, and there will be none before somebody comes. From any thread."""
+        if reason != self._lacking:
+            logger.error("the expert group can't go on: %s", reason)
         self._lacking = reason
         self.status = self._status()
-        logger.error("the expert group can't go on: %s", reason)
         self.on_lacking(reason)
 
     def _status(self) -> GroupStatus:
-        done = self._view is not None and self._switched == self.model.num_layers
-        shares = self._now.shares
+        switch, now = self._switch, self._switch.now
+        ready = switch.ended or self.holdings.ready == self.model.num_layers
         return GroupStatus(
             view=0 if self._view is None else self._view.number,
             members=tuple(self._ranks),
-            version=self._now.version,
-            experts=tuple(self._mine(self._now)),
-            shares=None if shares is None else tuple(ranks[self._rank] for ranks in shares),
+            version=now.version,
+            experts=tuple(of_rank(now, self._rank)),
+            shares=None if now.shares is None else tuple(ranks[self._rank] for ranks in now.shares),
             lacking=self._lacking,
-            ready=self._aim.version
-            if done or self.holdings.ready == self.model.num_layers
-            else self._now.version,
+            ready=switch.aim.version if ready else now.version,
             refused=self._refused,
             reason=self._reason,
         )
-
-
-def _parts(placement: Placement, layer: int) -> tuple[LayerExperts, LayerShares | None]:
-    return placement.layers[layer], None if placement.shares is None else placement.shares[layer]
-
-
-def _mixed(now: Placement, aim: Placement, ready: int) -> Placement:
-    """The first layers as in `aim`, the others as they are. It has the version of `aim` when all are."""
-    if ready == aim.num_layers:
-        return aim
-    shares = None
-    if now.shares is not None or aim.shares is not None:
-        parts = [_shares(aim if layer < ready else now, layer) for layer in range(aim.num_layers)]
-        shares = tuple(parts)
-    return Placement(now.version, aim.layers[:ready] + now.layers[ready:], shares)
-
-
-def _shares(placement: Placement, layer: int) -> LayerShares:
-    if placement.shares is not None:
-        return placement.shares[layer]
-    count = Counter(expert for experts in placement.layers[layer] for expert in experts)
-    return tuple(tuple(1 / count[expert] for expert in experts) for experts in placement.layers[layer])

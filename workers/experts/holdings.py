@@ -146,17 +146,3 @@ class Holdings:
                 before, self.ready = self.ready, self._leading()
             if self.ready > before:
                 self._on_ready()
-
-
-def lack_of_room(now: Sequence[Sequence[int]], aim: Sequence[Sequence[int]], capacity: int) -> str | None:
-    """Why a rank that holds `now` [layer][slot] could not come to `aim`, layer after layer."""
-    held = sum(map(len, now))
-    for layer, (old, new) in enumerate(zip(now, aim, strict=True)):
-        lacking = len(set(new).difference(old))
-        if held + lacking > capacity:
-            return (
-                f"layer {layer} brings {lacking} experts beside {held}, its memory holds {capacity} "
-                "(experts.slots in each layer and experts.staging)"
-            )
-        held += len(new) - len(old)
-    return None
