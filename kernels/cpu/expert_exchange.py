@@ -72,8 +72,8 @@ class Hook:
         self.error: BaseException | None = None
         self._exchange = exchange
         self._held: Any = ()  # what the step reads
-        self._call = EXCHANGE_CALL(self._called)
-        call = ctypes.cast(self._call, ctypes.c_void_p) if exchange is not None else None
+        self._call = None if exchange is None else EXCHANGE_CALL(self._called)
+        call = None if self._call is None else ctypes.cast(self._call, ctypes.c_void_p)
         self.struct = ExchangeHook(call=call)
 
     def _called(self, _context: int, phase: int, pointer: Any) -> int:
