@@ -71,7 +71,10 @@ class TierCredit(Section):
     )
     disk: float = Field(0.25, ge=0, le=1, description="on the worker's disk (engine.disk_cache_memory)")
     remote: float = Field(
-        0.5, ge=0, le=1, description="in another worker's KV cache, from which it can be fetched"
+        0.8,
+        ge=0,
+        le=1,
+        description="in another worker's KV cache, from which it can be fetched; less where that takes long",
     )
 
 

@@ -81,7 +81,7 @@ class EngineConfig(Section):
         None,
         ge=1,
         description="prompt tokens that may wait in a worker that reads them itself; more wait in the router's fair line; "
-        "null: twice max_num_batched_tokens",
+        "null: 32 times max_num_batched_tokens",
     )
     prefix_caching: bool = Field(True, description="keep blocks of finished requests for later prompts")
     host_cache_memory: ByteSize = Field(

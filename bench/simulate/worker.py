@@ -19,6 +19,7 @@ from bench.simulate.jobs import Job
 from bench.simulate.timeline import Event, Timeline
 from workers.engine.block_pool import BlockPool
 from workers.engine.pace import Pace
+from workers.engine.scheduler import QUEUED_STEPS
 from workers.protocol.messages import Load, PeerStatus, Role, Room, prefill_pairs
 
 ROOT = bytes(16)  # the parent of a first block
@@ -36,7 +37,7 @@ class Limits:
     @property
     def max_queued_tokens(self) -> int:
         """The engine's default."""
-        return 2 * self.max_num_batched_tokens
+        return QUEUED_STEPS * self.max_num_batched_tokens
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):

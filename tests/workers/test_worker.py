@@ -397,7 +397,7 @@ class Owner:
 
 def test_who_was_refused_for_the_queue_hears_of_its_first_step(start: Start) -> None:
     """Not at the end of a request only, and once however many steps follow."""
-    worker = start(max_num_batched_tokens=16, max_num_seqs=16)
+    worker = start(max_num_batched_tokens=16, max_num_seqs=16, max_queued_tokens=32)
     serving, owner, told = worker.serving, Owner(), []
     serving._on_room = lambda: told.append(serving.load())
     with worker.engine.lock:  # no step is taken meanwhile

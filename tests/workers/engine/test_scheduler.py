@@ -23,13 +23,16 @@ def next_token(token_ids: list[int]) -> int:
     return 1 + (sum(token_ids) * 31 + len(token_ids)) % 7
 
 
-def make_scheduler(num_blocks: int = 64, budget: int = 16, max_num_seqs: int = 8) -> Scheduler:
+def make_scheduler(
+    num_blocks: int = 64, budget: int = 16, max_num_seqs: int = 8, max_queued_tokens: int | None = None
+) -> Scheduler:
     return Scheduler(
         BlockPool(num_blocks),
         block_size=BLOCK,
         hash_root=ROOT,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
+        max_queued_tokens=max_queued_tokens,
         eos_token_ids=frozenset({EOS}),
     )
 
@@ -176,9 +179,9 @@ def test_reserve_refuses_without_room_and_holds_nothing() -> None:
     assert scheduler.pool.num_referenced == 0
 
 
-def test_as_much_may_wait_as_two_steps_compute() -> None:
+def test_no_more_may_wait_than_is_set() -> None:
     """So that the engine always finds work, and everybody else waits where the line is fair."""
-    scheduler = make_scheduler(budget=16, max_num_seqs=100)
+    scheduler = make_scheduler(budget=16, max_num_seqs=100, max_queued_tokens=32)
     taken = 0
     while (lacks := scheduler.lacks(make_request("probe", [9] * 12), computed_here=True)) is None:
         scheduler.add(make_request(f"r{taken}", [taken] * 12))
@@ -198,7 +201,7 @@ def test_as_much_may_wait_as_two_steps_compute() -> None:
 
 
 def test_what_is_cached_does_not_fill_the_queue() -> None:
-    scheduler = make_scheduler(budget=16)
+    scheduler = make_scheduler(budget=16, max_queued_tokens=32)
     prompt = [1, 2, 3, 4] * 6
     scheduler.add(make_request("first", prompt))
     run_to_end(scheduler)
@@ -208,7 +211,7 @@ def test_what_is_cached_does_not_fill_the_queue() -> None:
 
 
 def test_blocks_of_those_that_wait_are_promised() -> None:
-    scheduler = make_scheduler(num_blocks=8)
+    scheduler = make_scheduler(num_blocks=8, max_queued_tokens=32)
     scheduler.add(make_request("first", [1] * 17))
     assert scheduler.room == Room(requests=7, blocks=3, tokens=15)
     lacks = scheduler.lacks(make_request("second", [2] * 17), computed_here=True)
