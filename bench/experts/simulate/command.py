@@ -49,7 +49,7 @@ class Task:
 def run(task: Task) -> tuple[str, Outcome]:
     """The policy's name, and what came of it."""
     cost = task.pool.cost
-    found = scenarios(cost.model.layers, cost.model.experts, task.seconds, task.seed, task.olmoe)
+    found = scenarios(cost.model.drawn, cost.model.experts, task.seconds, task.seed, task.olmoe)
     popularity = dict(found)[task.scenario]
     policy = POLICIES[task.policy](task.pool)
     outcome = simulate(cost, task.pool.first, policy, popularity, task.seconds, task.frame_s, task.seed)
@@ -74,8 +74,8 @@ def _row(task: Task, name: str, outcome: Outcome, even: float | None) -> dict[st
         "worst_tokens_per_s": outcome.worst_tokens_per_s,
         "balancedness": outcome.balancedness,
         "changes": outcome.changes,
-        "moves": outcome.moves,
-        "moved_gb": outcome.moves * task.pool.cost.model.expert_bytes / 1e9,
+        "moves": round(outcome.moves * task.pool.cost.model.each_stands_for),
+        "moved_gb": outcome.moves * task.pool.move_bytes / 1e9,
         "stalled_s": outcome.stalled_s,
         "timeline": [round(frame.tokens_per_s) for frame in outcome.frames[::every]],
         "timeline_s": every * task.frame_s,
@@ -143,6 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--overlap", type=float, default=0.0, help="share of the all-to-all that is hidden, 0 to 1"
     )
     parser.add_argument("--layers", type=int, default=Model.layers)
+    parser.add_argument(
+        "--drawn", type=int, help="layers whose tokens are drawn, for all of them; default all"
+    )
     parser.add_argument("--experts", type=int, default=Model.experts)
     parser.add_argument("--policies", default=",".join(POLICIES), help=f"of {','.join(POLICIES)}")
     parser.add_argument("--scenarios", help="parts of their names, separated by commas; default all")
@@ -170,16 +173,19 @@ def _tasks(given: argparse.Namespace) -> list[Task]:
     policies = given.policies.split(",")
     if unknown := sorted(set(policies) - set(POLICIES)):
         raise ScenarioError(f"--policies: there is no {unknown[0]!r}; there are {', '.join(POLICIES)}")
+    drawn = given.layers if given.drawn is None else given.drawn
+    if not 1 <= drawn <= given.layers:
+        raise ScenarioError(f"--drawn is {drawn}; allowed is 1 to {given.layers}, all layers")
     if not 0 <= given.overlap <= 1:
         raise ScenarioError(f"--overlap is {given.overlap}; allowed is 0 to 1")
     cost = StepCost(
-        replace(Model(), layers=given.layers, experts=given.experts),
+        replace(Model(), layers=given.layers, drawn=drawn, experts=given.experts),
         replace(Machine(), overlap=given.overlap),
         Work(given.ranks, given.batch),
     )
     pool = Pool(cost, given.experts // given.ranks + given.redundant)
     seconds = given.minutes * 60
-    every = [name for name, _ in scenarios(given.layers, given.experts, seconds, given.seed, given.olmoe)]
+    every = [name for name, _ in scenarios(drawn, given.experts, seconds, given.seed, given.olmoe)]
     wanted = given.scenarios.split(",") if given.scenarios else [""]
     names = [name for name in every if any(part in name for part in wanted)]
     if not names:

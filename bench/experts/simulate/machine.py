@@ -19,6 +19,7 @@ class Model:
     """DeepSeek-V3 (arXiv 2412.19437, table and section 4.2; config.json of deepseek-ai/DeepSeek-V3), weights in FP8."""
 
     layers: int = 58  # with experts, of 61
+    drawn: int = 58  # of these: whose tokens are simulated, standing for all of them
     dense_layers: int = 3
     experts: int = 256
     top_k: int = 8
@@ -27,6 +28,11 @@ class Model:
     kv_bytes: int = 576 * 2  # latent and rope part of a token in a layer, bfloat16
     attention_bytes: int = 187_107_328  # weights of MLA in a layer
     dense_bytes: int = 3 * 7168 * 18432  # MLP of a layer without experts
+
+    @property
+    def each_stands_for(self) -> float:
+        """Layers."""
+        return self.layers / self.drawn
 
     @property
     def expert_bytes(self) -> int:
@@ -84,15 +90,16 @@ class StepCost:
         )
 
     def step_s(self, tokens: Array, reads: Array, network_share: float = 1.0) -> float:
-        """tokens, reads: [layers, ranks], tokens that ranks compute and experts whose weights they read for it.
+        """tokens, reads: [drawn layers, ranks], tokens that ranks compute and experts that they read for it.
 
         network_share: of the network that is left beside the loading of experts.
         """
-        return self.fixed_s + float(self._experts_s(tokens, reads) + self._exchange_s(tokens, network_share))
+        waited_for = self._experts_s(tokens, reads) + self._exchange_s(tokens, network_share)
+        return self.fixed_s + waited_for * self.model.each_stands_for
 
     def even_s(self, slots: int) -> float:
         """If all ranks had the same to do, and each read `slots` experts."""
-        shape = (self.model.layers, self.work.ranks)
+        shape = (self.model.drawn, self.work.ranks)
         tokens = np.full(shape, float(self.work.batch * self.model.top_k))
         return self.step_s(tokens, np.full(shape, float(slots)))
 

@@ -32,14 +32,19 @@ class Pool:
     @property
     def first(self) -> Placement:
         model, ranks = self.cost.model, self.cost.work.ranks
-        return contiguous(model.layers, model.experts, ranks)
+        return contiguous(model.drawn, model.experts, ranks)
 
     def load_s(self, old: Placement, new: Placement, share: float) -> float:
         """Until the rank that lacks most has it, with this share of its network."""
         lacks = np.zeros(self.cost.work.ranks)
         for move in moves(old, new):
-            lacks[move.rank] += self.cost.model.expert_bytes
+            lacks[move.rank] += self.move_bytes
         return float(lacks.max()) / (self.cost.machine.network_bytes_per_s * share)
+
+    @property
+    def move_bytes(self) -> int:
+        """Of one expert in a drawn layer and in those that it stands for."""
+        return round(self.cost.model.expert_bytes * self.cost.model.each_stands_for)
 
 
 @dataclass(frozen=True)
@@ -197,9 +202,9 @@ class Live:
                 epoch=1,
                 role="decode",
                 num_ranks=ranks,
-                num_layers=model.layers,
+                num_layers=model.drawn,
                 num_experts=model.experts,
-                expert_bytes=model.expert_bytes,
+                expert_bytes=self._pool.move_bytes,
                 slots=self._pool.slots,
                 version=placement.version,
                 experts=[list(layer[rank]) for layer in placement.layers],

@@ -86,7 +86,7 @@ def simulate(
 def _evenly(cost: StepCost, rng: np.random.Generator) -> tuple[Array, Array]:
     """What ranks compute where each has the same share: what is left is the chance of single steps."""
     model, work = cost.model, cost.work
-    shares = np.full((model.layers, work.ranks), 1 / work.ranks)
+    shares = np.full((model.drawn, work.ranks), 1 / work.ranks)
     tokens = rng.multinomial(work.batch * work.ranks * model.top_k, shares).astype(np.float64)
     return tokens, np.full_like(tokens, model.experts / work.ranks)
 

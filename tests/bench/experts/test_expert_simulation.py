@@ -29,7 +29,7 @@ from tests.bench.simulate.test_traces import TRACES
 from workers.protocol.experts import Placement, contiguous
 
 OLMOE = TRACES / "moe" / "olmoe"
-MODEL = replace(Model(), layers=3, experts=32)
+MODEL = replace(Model(), layers=3, drawn=3, experts=32)
 POOL = Pool(StepCost(MODEL, Machine(), Work(ranks=4, batch=64)), slots=9)
 CONFIG = ExpertsConfig(window_s=2.0, pause_s=4.0, half_life_s=20.0, interval_s=1.0)
 
@@ -47,6 +47,7 @@ def outcome(policy, popularity, seconds: float = 40.0, seed: int = 0):
 def test_a_step_by_hand():
     model = Model(
         layers=1,
+        drawn=1,
         dense_layers=0,
         experts=2,
         top_k=1,
@@ -67,6 +68,17 @@ def test_a_step_by_hand():
     hidden = StepCost(model, replace(machine, overlap=1.0), cost.work)
     assert hidden.step_s(tokens, reads) == pytest.approx(0.005 + experts)
     assert cost.step_s(np.array([[10.0, 10.0]]), reads) < cost.step_s(tokens, reads)
+
+
+def test_drawn_layers_stand_for_all_of_them():
+    few, many = StepCost(Model(drawn=2), Machine(), Work()), StepCost(Model(), Machine(), Work())
+    tokens = np.tile(np.linspace(900.0, 1_100.0, 64), (58, 1))
+    reads = np.full((58, 64), 4.0)
+    assert few.step_s(tokens[:2], reads[:2]) == pytest.approx(many.step_s(tokens, reads))
+    pool = Pool(few, 5)
+    ranks = pool.first.layers[0]
+    swapped = Placement(1, (ranks, (ranks[1], ranks[0], *ranks[2:])))
+    assert pool.load_s(pool.first, swapped, 0.5) == pytest.approx(29 * 4 * Model().expert_bytes / 25e9)
 
 
 def test_deepseek_v3_in_eight_bits_has_the_size_that_is_published():
@@ -186,6 +198,7 @@ def test_the_command(tmp_path, capsys):
     [
         (["--ranks", "5", "--experts", "16"], "16 are not the same number on each of 5 ranks"),
         (["--policies", "static,magic"], f"there is no 'magic'; there are {', '.join(POLICIES)}"),
+        (["--drawn", "59"], "--drawn is 59; allowed is 1 to 58, all layers"),
         (["--overlap", "2"], "--overlap is 2.0; allowed is 0 to 1"),
         (["--scenarios", "nothing"], "none is named like 'nothing'"),
         (["--olmoe", "nowhere"], "olmoe__expert_counts__arxiv.npz is missing"),
