@@ -1,4 +1,4 @@
-"""What carries out the steps: torch, or the native kernels of this CPU. Chosen once, when the engine starts."""
+"""What carries out the steps: torch, the native kernels of this CPU, or transformers. Chosen once, at the start."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from workers.experts.torch_experts import TorchExperts
 from workers.models.catalog import PreparedModel
 from workers.models.checkpoint import read_json
 from workers.models.errors import NotHere
+from workers.models.fallback_spec import FallbackSpec, read_spec
 from workers.models.moe import MakeExperts, local_experts
 from workers.models.spec import DecoderSpec
 from workers.protocol.messages import KvLayout
@@ -39,7 +40,7 @@ class Runner(Protocol):
 
     @property
     def kernels(self) -> str:
-        """What computes: "torch", or the variant of the native library."""
+        """What computes: "torch", "transformers", or the variant of the native library."""
 
     @property
     def weights(self) -> str:
@@ -78,6 +79,11 @@ def open_backend(config: EngineConfig, model: PreparedModel, experts: ExpertPlan
     from workers.engine.native_runner import NativeBackend
 
     device = choose_device(config.device)
+    spec = read_spec(model.path)
+    if isinstance(spec, FallbackSpec):
+        from workers.engine.fallback_runner import FallbackBackend
+
+        return FallbackBackend(config, model, spec, device, experts)
     if device.type != "cpu" or config.kernels == "torch":
         return TorchBackend(config, model, device, experts)
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -27,7 +29,7 @@ class TorchRunner:
         self.layout = layout
         self.weights = str(model.dtype).removeprefix("torch.")
         self._sampler = sampler
-        self.shared = _shared(num_blocks * layout.block_bytes, model.device) if share_kv else None
+        self.shared = shared_pages(num_blocks * layout.block_bytes, model.device) if share_kv else None
         pages = None if self.shared is None else self.shared.tensor
         self.kv_cache = model.new_kv_cache(num_blocks, layout.block_size, pages)
 
@@ -37,27 +39,40 @@ class TorchRunner:
     @torch.inference_mode()
     def run(self, step: StepInput) -> list[Sampled]:
         """One entry for each of `step.samples`."""
-        arrays = step.arrays
-        batch = AttentionBatch(
-            query_start=arrays.query_start.tolist(),
-            seq_lens=arrays.lengths.tolist(),
-            block_tables=self._tensor(_padded_tables(arrays, self.layout.block_size)),
-            slots=self._tensor(arrays.slots),
-        )
-        # A chunk that samples nothing still ends in one row.
-        rows = self._tensor(arrays.rows if len(arrays.rows) else np.zeros(1))
+        inputs = StepTensors.of(step.arrays, self.layout.block_size, self.device)
         hidden = self.model.forward(
-            self._tensor(arrays.token_ids), self._tensor(arrays.positions), self.kv_cache, batch, rows
+            inputs.token_ids, inputs.positions, self.kv_cache, inputs.batch, inputs.rows
         )
         if not step.samples:
             return []
         return self._sampler(self.model.logits(hidden), step.samples)
 
-    def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return torch.as_tensor(values, dtype=torch.int64).to(self.device)
+
+@dataclass(frozen=True)
+class StepTensors:
+    """A step's arrays on the device: int64."""
+
+    token_ids: torch.Tensor  # [T]
+    positions: torch.Tensor  # [T]
+    batch: AttentionBatch
+    rows: torch.Tensor  # [R], at least one: a chunk that samples nothing still ends in a row
+
+    @staticmethod
+    def of(arrays: StepArrays, block_size: int, device: torch.device) -> StepTensors:
+        def tensor(values: np.ndarray) -> torch.Tensor:
+            return torch.as_tensor(values, dtype=torch.int64).to(device)
+
+        batch = AttentionBatch(
+            query_start=arrays.query_start.tolist(),
+            seq_lens=arrays.lengths.tolist(),
+            block_tables=tensor(_padded_tables(arrays, block_size)),
+            slots=tensor(arrays.slots),
+        )
+        rows = tensor(arrays.rows if len(arrays.rows) else np.zeros(1))
+        return StepTensors(tensor(arrays.token_ids), tensor(arrays.positions), batch, rows)
 
 
-def _shared(num_bytes: int, device: torch.device) -> SharedPages | DevicePages | None:
+def shared_pages(num_bytes: int, device: torch.device) -> SharedPages | DevicePages | None:
     """Memory that other processes of the host can map or open."""
     if device.type == "cpu":
         return SharedPages(num_bytes)

@@ -19,7 +19,7 @@ from workers.models import default_model
 from workers.models.cache import default_cache_dir, made_once
 from workers.models.checkpoint import fingerprint, read_json, weight_files
 from workers.models.errors import ModelError
-from workers.models.spec import DecoderSpec
+from workers.models.fallback_spec import FallbackSpec, read_spec
 
 Say = Callable[[str], None]
 
@@ -33,7 +33,7 @@ _TOKENIZER_SOURCES = ("tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """A model that is on disk and whose configuration this decoder can run."""
+    """A model that is on disk and whose configuration can be run."""
 
     path: Path  # directory: config.json, safetensors, tokenizer.json
     served_name: str
@@ -74,7 +74,8 @@ def prepare_model(name: str, cache_dir: Path | None = None, say: Say = _silent) 
 
 def _describe(path: Path, served_name: str) -> PreparedModel:
     config = read_json(path / "config.json")
-    spec = DecoderSpec.from_config(config)
+    spec = read_spec(path)
+    eos = _eos_token_ids(path, config) or (spec.eos_token_ids if isinstance(spec, FallbackSpec) else ())
     return PreparedModel(
         path=path,
         served_name=served_name,
@@ -82,7 +83,7 @@ def _describe(path: Path, served_name: str) -> PreparedModel:
         max_model_len=spec.max_position,
         vocab_size=spec.vocab_size,
         # An end that the vocabulary lacks is never sampled, and there is no logit of it that could be forbidden.
-        eos_token_ids=tuple(t for t in _eos_token_ids(path, config) if t < spec.vocab_size),
+        eos_token_ids=tuple(t for t in eos if t < spec.vocab_size),
     )
 
 
@@ -132,7 +133,7 @@ def _gguf_key(source: Path) -> str:
 def _with_tokenizer(path: Path, cache: Path, say: Say) -> Path:
     """`path` itself when it has a tokenizer.json, else a cached directory that adds one."""
     # First what is quick to find wrong.
-    DecoderSpec.from_config(read_json(path / "config.json"))
+    read_spec(path)
     files = weight_files(path)
     if (path / "tokenizer.json").is_file():
         return path

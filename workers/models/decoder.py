@@ -65,9 +65,7 @@ class Decoder:
         """A zeroed cache in canonical layout, see `kernels.reference`; in `pages`, uint8 zeros, when given."""
         spec = self.spec
         shape = (num_blocks, spec.num_layers, spec.kv_planes, spec.num_kv_heads, block_size, spec.head_dim)
-        if pages is not None:
-            return pages.view(self.dtype).view(shape)
-        return _zeros(shape, self.dtype, self.device)
+        return zeroed_kv_cache(shape, self.dtype, self.device, pages)
 
     @torch.inference_mode()
     def forward(
@@ -151,13 +149,17 @@ def _layers(spec: DecoderSpec, weights: Iterable[LayerWeights], make_experts: Ma
     return layers
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The KV cache: zeros, not garbage, because padding is read and masked, and 0 * NaN would still be NaN.
+def zeroed_kv_cache(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pages: Tensor | None
+) -> Tensor:
+    """In `pages`, uint8 zeros, when given. Not garbage, because padding is read and masked, and 0 * NaN is still NaN.
 
     On a CPU the pages come from the kernel as zeros and cost no memory before a block is used: torch.zeros would
     write all of them at once.
     """
+    if pages is not None:
+        return pages.view(dtype).view(shape)
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    pages = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(pages).view(dtype).view(shape)
+    own = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(own).view(dtype).view(shape)

@@ -1,0 +1,269 @@
+"""Families that DecoderSpec cannot express run through transformers over our KV cache, with its greedy tokens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.e2e.oracle import Oracle
+from tests.workers.models.tiny_fallback import FAMILIES, write_fallback_model
+from tests.workers.test_worker import SECRET, Client, at_rest, remote, until, work
+from workers.config import EngineConfig, TransferConfig, WorkerConfig
+from workers.engine.engine import Engine
+from workers.models.catalog import prepare_model
+from workers.models.errors import ModelError
+from workers.models.fallback_spec import FallbackSpec, read_spec
+from workers.models.random_model import write_random_model
+from workers.protocol.messages import Prefill, PrefillDone, Sampling, Ticketed
+from workers.worker import Worker
+
+GREEDY = Sampling(max_tokens=12, seed=1, temperature=0.0, ignore_eos=True, logprobs=3)
+START = list(range(3, 40))
+PROMPTS = [[*START, 99, 98], [*START, 97], list(range(200, 140, -1)), [5, 6, 7], [40] * 20]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def settings(**engine: Any) -> EngineConfig:
+    given = {"device": "cpu", "dtype": "float32", "num_blocks": 64, "block_size": 8, "num_threads": 1}
+    return EngineConfig(**(given | {"max_num_seqs": 8, "max_num_batched_tokens": 24} | engine))
+
+
+def opened(path: Path, **engine: Any) -> Engine:
+    return Engine(settings(**engine), prepare_model(str(path)))
+
+
+def edit(path: Path, **values: Any) -> Path:
+    config = path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | values))
+    return path
+
+
+@torch.inference_mode()
+def check(engine: Engine, oracle: Oracle, prompts: list[list[int]]) -> None:
+    """Greedy tokens and the best log-probabilities are those of one pass of transformers' own attention."""
+    for prompt, answer in zip(prompts, engine.generate(prompts, GREEDY), strict=True):
+        assert len(answer.tokens) == GREEDY.max_tokens
+        assert oracle.fault(prompt, answer.tokens) is None
+        logits = oracle.model(torch.tensor([prompt + answer.tokens[:-1]])).logits[0, len(prompt) - 1 :]
+        expected = logits.log_softmax(-1)
+        for row, given in enumerate(answer.logprobs):
+            for token, logprob in given.top:
+                assert logprob == pytest.approx(float(expected[row, token]), abs=2e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_engine_says_what_transformers_says(family: str, tmp_path: Path) -> None:
+    """Prompts in chunks beside decoded tokens, so few blocks that requests are preempted, then prefix hits."""
+    path = write_fallback_model(tmp_path / family, family)
+    oracle = Oracle(path)
+    engine = opened(path, num_blocks=14)
+    assert (engine.runner.kernels, engine.runner.weights) == ("transformers", "float32")
+    check(engine, oracle, PROMPTS)
+    assert engine.scheduler.preemptions > 0
+    check(engine, oracle, [PROMPTS[2]])
+    assert engine.scheduler.hit_tokens > 0
+    assert engine.pool.num_referenced == 0
+
+
+@pytest.fixture(scope="module")
+def gemma2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_fallback_model(tmp_path_factory.mktemp("models") / "gemma2", "gemma2", seed=1)
+
+
+def test_what_the_catalog_says(gemma2: Path) -> None:
+    model = prepare_model(str(gemma2))
+    assert (model.max_model_len, model.vocab_size, model.eos_token_ids) == (256, 259, (2,))
+    (gemma2 / "generation_config.json").unlink()
+    assert prepare_model(str(gemma2)).eos_token_ids == (2,)
+
+
+def test_it_is_said_once_and_with_the_reason(gemma2: Path, caplog: pytest.LogCaptureFixture) -> None:
+    opened(gemma2)
+    [said] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said.startswith("Gemma2ForCausalLM runs through transformers")
+    assert "architecture 'gemma2' is not supported" in said
+
+
+def test_an_option_that_the_decoder_lacks_is_enough(tmp_path: Path) -> None:
+    path = edit(write_random_model(tmp_path / "gelu", "llama", seed=2), hidden_act="gelu")
+    engine = opened(path)
+    assert engine.runner.kernels == "transformers"
+    check(engine, Oracle(path), PROMPTS[:2])
+
+
+def test_several_rows_of_a_request_in_one_step(gemma2: Path) -> None:
+    engine = opened(gemma2, speculation={"method": "ngram", "ngram_min": 1})
+    check(engine, Oracle(gemma2), [[7, 8, 9] * 9, PROMPTS[0]])
+    assert engine.scheduler.drafted_tokens > 0
+
+
+def test_half_precision_stays_close(gemma2: Path) -> None:
+    engine = opened(gemma2, dtype="bfloat16")
+    assert engine.layout.dtype == "bfloat16"
+    prompt = PROMPTS[2]
+    [answer] = engine.generate([prompt], GREEDY)
+    with torch.inference_mode():
+        logits = Oracle(gemma2).model(torch.tensor([prompt + answer.tokens[:-1]])).logits[0]
+    expected = logits[len(prompt) - 1 :].log_softmax(-1)
+    off = [
+        abs(new.top[0][1] - float(expected[row, new.top[0][0]])) for row, new in enumerate(answer.logprobs)
+    ]
+    assert sum(off) / len(off) < 0.1
+
+
+def test_between_a_prefill_and_a_decode_worker(gemma2: Path) -> None:
+    workers = [
+        Worker(
+            WorkerConfig(
+                worker_id=role,
+                epoch=1,
+                role=role,  # type: ignore[arg-type]
+                model_path=gemma2,
+                served_name="tiny",
+                cluster="c",
+                secret=SECRET,
+                heartbeat_s=0.1,
+                transfer=TransferConfig(channels=["shm"]),
+                engine=settings(block_size=16, max_num_batched_tokens=40),
+            )
+        )
+        for role in ("decode", "prefill")
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        d, p = workers
+        to_d, to_p = Client(d.info.address), Client(p.info.address)
+        w = work(list(range(3, 100)), max_tokens=12)
+        to_d.send(remote(w))
+        to_p.send(Prefill(w, to_d.next(Ticketed).ticket))
+        assert to_p.next(PrefillDone).transfer_bytes == 7 * d.info.layout.block_bytes
+        assert Oracle(gemma2).fault(w.prompt, to_d.tokens(w.request_id)) is None
+        assert d.info.device == "cpu (transformers)"
+        until(lambda: at_rest(d) and at_rest(p))
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (
+            {"quantization": "int8"},
+            "engine.quantization int8 cannot be had: gemma2 runs through transformers",
+        ),
+        ({"quantization": "stored"}, "engine.quantization stored"),
+        ({"kv_cache_dtype": "int8"}, "engine.kv_cache_dtype int8"),
+        ({"kernels": "portable"}, "engine.kernels portable"),
+    ],
+)
+def test_settings_that_transformers_cannot_have(gemma2: Path, given: dict[str, str], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        opened(gemma2, **given)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"model_type": "bloom"}, "bloom places tokens by ALiBi"),
+        ({"model_type": "falcon", "alibi": True}, "falcon places tokens by ALiBi"),
+        (
+            {"model_type": "falcon"},
+            "attention of falcon does not go through transformers' attention interface",
+        ),
+        ({"model_type": "mamba"}, "mamba keeps a recurrent state"),
+        ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, "lfm2 has layers of conv"),
+        ({"model_type": "t5"}, "t5 is an encoder-decoder"),
+        ({"model_type": "vit"}, "no causal language model for vit"),
+        ({"model_type": "gpt2", "add_cross_attention": True}, "gpt2 has cross-attention"),
+        (
+            {"model_type": "gemma2", "architectures": ["Gemma2ForSequenceClassification"]},
+            "is of Gemma2ForSequ",
+        ),
+        ({"model_type": "gemma2", "quantization_config": {"quant_method": "gptq"}}, "weights are quantized"),
+        ({"model_type": "gemma2", "num_hidden_layers": "two"}, "num_hidden_layers"),
+        (
+            {"model_type": "gemma2", "max_position_embeddings": 0},
+            "context length: max_position_embeddings is 0",
+        ),
+        ({"model_type": "made_up"}, "does not know model_type 'made_up'"),
+        ({"model_type": "made_up", "auto_map": {"AutoConfig": "code.C"}}, "auto_map"),
+    ],
+    ids=lambda value: value.get("model_type") if isinstance(value, dict) else "",
+)
+def test_what_is_refused_by_its_config(tmp_path: Path, config: dict[str, Any], named: str) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | config))
+    with pytest.raises(ModelError) as raised:
+        read_spec(tmp_path)
+    assert named in str(raised.value)
+    assert f"architecture {config['model_type']!r} is not supported" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "named"),
+    [
+        ("bert", {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}, "neither causal nor"),
+        # It counts its positions itself, from the first token of a step.
+        ("bart", {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4}, "in chunks"),
+    ],
+)
+def test_what_is_refused_by_trying_it(
+    tmp_path: Path, family: str, values: dict[str, Any], named: str
+) -> None:
+    small = {"max_position_embeddings": 64, "intermediate_size": 48, "decoder_ffn_dim": 48}
+    path = write_fallback_model(tmp_path / family, family, **{"pad_token_id": 0, **small, **values})
+    with pytest.raises(ModelError, match=named):
+        opened(path)
+
+
+def test_weights_that_are_missing_are_not_made_up(gemma2: Path, tmp_path: Path) -> None:
+    path = edit(shutil.copytree(gemma2, tmp_path / "more"), num_hidden_layers=3, layer_types=None)
+    with pytest.raises(ModelError, match=r"lacks \d+ weights of Gemma2ForCausalLM, such as model.layers.2"):
+        opened(path)
+
+
+def test_code_in_a_model_directory_is_not_executed(gemma2: Path, tmp_path: Path) -> None:
+    path = edit(
+        shutil.copytree(gemma2, tmp_path / "own"),
+        auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"},
+    )
+    (path / "own.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    assert opened(path).runner.kernels == "transformers"
+    with pytest.raises(ModelError, match="code of its own"):
+        prepare_model(str(edit(path, model_type="own")))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_longrope_ends_the_context_where_it_would_turn_cached_keys(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+    }
+    config = {
+        "model_type": "phi3",
+        **{key: value for key, value in FAMILIES["phi3"].items() if key != "sliding_window"},
+        "vocab_size": 259,
+        "original_max_position_embeddings": 64,
+        "rope_scaling": rope,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    spec = read_spec(tmp_path)
+    assert isinstance(spec, FallbackSpec)
+    assert spec.max_position == 64
