@@ -1,16 +1,18 @@
 """One layer with experts on a CPU, router included: Headrace's kernels beside transformers' own implementations.
 
-python -m bench.experts block [--shapes olmoe,qwen3-30b-a3b] [--batches 1,16,256] [--rounds 15] [--threads 2]
+python -m bench.experts block [--shapes olmoe,qwen3-30b-a3b] [--batches 1,16,256] [--rounds 15] [--threads 2] [--clock wall]
 
 All compute the same tokens on the same bfloat16 weights, both sides' in huge pages, in turn, so that a change of the
 machine's mood meets all of them; figures are medians. Every round has new tokens, so that its experts are not in the
 caches. The floor is the time in which the weights of the chosen experts could be read at the best rate seen in the
-run, or the multiply-adds be done at the processor's best rate, whichever is longer.
+run, or the multiply-adds be done at the processor's best rate, whichever is longer. `--clock cpu --threads 1` counts
+the processor's time, for machines that others use too: a thread that waits for its turn then costs nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -36,6 +38,7 @@ from kernels.cpu.structures import Format
 from kernels.reference_moe import Routing, route
 from workers.huge_pages import huge_zeros
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _MOST_COPIED = 2 << 30  # bytes: batched_mm copies the weights of every choice
 _HOPELESS = 4.0  # times slower than the best at the first try: not asked again
 
@@ -69,8 +72,14 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--batches", default="1,16,256", help="tokens")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: with one thread only")
     options = parser.parse_args(arguments)
+    if options.clock == "cpu" and options.threads != 1:
+        parser.error(
+            "--clock cpu adds up the time of all threads, waiting ones included: use it with --threads 1"
+        )
     torch.set_num_threads(options.threads)
+    machine = Machine(options.threads, CLOCKS[options.clock])
     print(sentence(describe()))
     print(
         "| layer | tokens | headrace, ms | times the floor | best of transformers | ms | ratio | others, ms |"
@@ -79,13 +88,37 @@ def main(arguments: Sequence[str]) -> None:
     with torch.inference_mode():
         for name in options.shapes.split(","):
             batches = [int(batch) for batch in options.batches.split(",")]
-            for row in _compare(SHAPES[name], batches, options.rounds, options.threads):
+            for row in _compare(SHAPES[name], batches, options.rounds, machine):
                 print(f"| {name} | {row} |", flush=True)
 
 
-def _compare(shape: Shape, batches: Sequence[int], rounds: int, threads: int) -> Sequence[str]:
+class Machine:
+    """Its clock, and the best it has shown so far."""
+
+    def __init__(self, threads: int, clock: Callable[[], float]) -> None:
+        self.threads, self.clock = threads, clock
+        self._read_rate = self._peak = 0.0
+
+    def floor(self, num_bytes: float, flops: float) -> float:
+        """Seconds. Probes anew: a floor is what the machine can do at best."""
+        rates = [self._read_rate, read_bandwidth(self.threads)]
+        if self.clock is time.process_time:
+            rates += [self._read_alone() for _ in range(4)]
+        self._read_rate, self._peak = max(rates), max(self._peak, peak_bf16(self.threads))
+        return max(num_bytes / self._read_rate, flops / self._peak)
+
+    def _read_alone(self) -> float:
+        memory, read = huge_zeros(1 << 28), load().cdll.hr_bench_read
+        read.restype, read.argtypes = ctypes.c_double, [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        memory.fill(1)
+        began = self.clock()
+        read(memory.ctypes.data, memory.nbytes, 1)
+        return memory.nbytes / (self.clock() - began)
+
+
+def _compare(shape: Shape, batches: Sequence[int], rounds: int, machine: Machine) -> Sequence[str]:
     theirs = _transformers(shape)
-    mine = _headrace(theirs, shape, threads, max(16, *batches))
+    mine = _headrace(theirs, shape, machine.threads, max(16, *batches))
     checked = {"headrace": mine} | {kind: _as(theirs, kind) for kind in _kinds(shape, 1)}
     _check(checked, torch.randn(16, shape.hidden).bfloat16())
     rows = []
@@ -93,12 +126,10 @@ def _compare(shape: Shape, batches: Sequence[int], rounds: int, threads: int) ->
         layers: dict[str, Layer] = {"headrace": mine}
         layers |= {kind: _as(theirs, kind) for kind in _kinds(shape, tokens)}
         inputs = [torch.randn(tokens, shape.hidden).bfloat16() for _ in range(rounds + 1)]
-        rate = read_bandwidth(threads)
-        times = _interleaved(layers, inputs)
-        rate, peak = max(rate, read_bandwidth(threads)), peak_bf16(threads)
+        times = _interleaved(layers, inputs, machine.clock)
         chosen = median(_distinct(theirs, shape, x) for x in inputs[1:])
-        read = chosen * shape.expert_parameters * 2 / rate
-        floor = max(read, 2 * tokens * shape.top_k * shape.expert_parameters / peak)
+        flops = 2 * tokens * shape.top_k * shape.expert_parameters
+        floor = machine.floor(chosen * shape.expert_parameters * 2, flops)
         ours = median(times.pop("headrace"))
         (best, kind), *others = sorted((median(taken), kind) for kind, taken in times.items())
         rows.append(
@@ -180,22 +211,24 @@ def _check(layers: dict[str, Layer], x: Tensor) -> None:
             raise RuntimeError(f"{kind} differs from headrace by {error:.3f} of the result's norm")
 
 
-def _interleaved(layers: dict[str, Layer], inputs: Sequence[Tensor]) -> dict[str, list[float]]:
+def _interleaved(
+    layers: dict[str, Layer], inputs: Sequence[Tensor], clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Seconds of each round, the first input only warming up."""
-    first = {kind: _seconds(layer, inputs[0]) for kind, layer in layers.items()}
+    first = {kind: _seconds(layer, inputs[0], clock) for kind, layer in layers.items()}
     best = min(taken for kind, taken in first.items() if kind != "headrace")
     asked = [kind for kind in layers if kind == "headrace" or first[kind] <= _HOPELESS * best]
     times: dict[str, list[float]] = defaultdict(list)
     for x in inputs[1:]:
         for kind in asked:
-            times[kind].append(_seconds(layers[kind], x))
+            times[kind].append(_seconds(layers[kind], x, clock))
     return dict(times)
 
 
-def _seconds(layer: Layer, x: Tensor) -> float:
-    began = time.perf_counter()
+def _seconds(layer: Layer, x: Tensor, clock: Callable[[], float]) -> float:
+    began = clock()
     layer(x)
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def _distinct(block: Any, shape: Shape, x: Tensor) -> int:
