@@ -39,7 +39,7 @@ def cells() -> Iterator[tuple[int, int, int]]:
                     yield num_experts, ranks, total // ranks
 
 
-def grid(measured: dict[str, Floats], progress: bool = True) -> list[dict[str, Any]]:
+def grid(measured: dict[str, Floats], effort: int) -> list[dict[str, Any]]:
     """One row for each cell and load: times of the fullest rank divided by the bound, mean and worst of the layers."""
     rows = []
     for num_experts, ranks, slots in cells():
@@ -47,16 +47,15 @@ def grid(measured: dict[str, Floats], progress: bool = True) -> list[dict[str, A
         if num_experts == 64:
             named |= {f"OLMoE {domain}": loads for domain, loads in measured.items()}
         for name, loads in named.items():
-            rows.append(_row(name, loads, uniform(ranks, slots)))
-        if progress:
-            print(f"{num_experts} experts, {ranks} ranks, {slots} slots", flush=True)
+            rows.append(_row(name, loads, uniform(ranks, slots), effort))
+        print(f"{num_experts} experts, {ranks} ranks, {slots} slots", flush=True)
     return rows
 
 
-def _row(name: str, loads: Floats, topology: Topology) -> dict[str, Any]:
+def _row(name: str, loads: Floats, topology: Topology, effort: int) -> dict[str, Any]:
     ranks, slots = len(topology.ranks), topology.ranks[0].slots
     started = time.process_time()
-    made = plan(loads, topology)
+    made = plan(loads, topology, options=Options(effort=effort))
     spent = time.process_time() - started
     bounds = np.array(made.bounds)
     of_bound = {

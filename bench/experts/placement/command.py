@@ -19,6 +19,7 @@ from bench.experts.placement.loads import LoadsError, olmoe, olmoe_coactivation
 from bench.experts.simulate.scenarios import bursty, drifting, olmoe_domains, switching
 from bench.machine import describe
 from bench.results import write_results
+from router.experts.placement import Options
 from router.experts.topology import uniform
 
 _LAYERS_OVER_TIME = 4
@@ -34,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default=",".join(_SECTIONS), help=f"of {','.join(_SECTIONS)}")
     parser.add_argument("--limit-s", type=float, default=30.0, help="for each exact optimum; default 30")
     parser.add_argument("--rounds", type=int, default=3, help="of the clock; default 3")
+    parser.add_argument(
+        "--effort", type=int, default=Options().effort, help="of plans from nothing; default as in the router"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench-out/experts"))
     asked = parser.parse_args(arguments)
     wanted = asked.only.split(",")
@@ -51,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _anew(asked: argparse.Namespace) -> Any:
-    return anew.grid(olmoe(asked.olmoe) if asked.olmoe else {})
+    return anew.grid(olmoe(asked.olmoe) if asked.olmoe else {}, asked.effort)
 
 
 def _changes(asked: argparse.Namespace) -> Any:

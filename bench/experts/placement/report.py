@@ -46,12 +46,7 @@ def _anew(rows: list[dict[str, Any]]) -> str:
         groups[row["experts"], row["ranks"], row["redundant"]].append(row)
     layers = [value for row in rows for value in row["of_bound"]["headrace"]]
     near = sum(value <= _WITHIN for value in layers)
-    worse = sum(
-        value > other * (1 + 1e-9)
-        for row in rows
-        for which in ("eplb", "eplb by node")
-        for value, other in zip(row["of_bound"]["headrace"], row["of_bound"].get(which, []), strict=False)
-    )
+    worse = {which: _worse(rows, which) for which in ("eplb", "eplb by node")}
     head = [
         "experts",
         "ranks",
@@ -68,8 +63,14 @@ def _anew(rows: list[dict[str, Any]]) -> str:
     return (
         "## From nothing: time of the fullest rank divided by the bound\n\n"
         f"{near} of {len(layers)} layers are within 2% of the bound, the worst is at {max(layers):.3f}; "
-        f"worse than EPLB: {worse}.\n\n{table}"
+        f"worse than EPLB: {worse['eplb']}, than its policy by node: {worse['eplb by node']}.\n\n{table}"
     )
+
+
+def _worse(rows: list[dict[str, Any]], which: str) -> int:
+    """Layers in which the other's fullest rank is lower."""
+    pairs = (zip(row["of_bound"]["headrace"], row["of_bound"].get(which, [])) for row in rows)  # noqa: B905 (not always there)
+    return sum(own > other * (1 + 1e-9) for pair in pairs for own, other in pair)
 
 
 def _anew_row(experts: int, ranks: int, redundant: int, group: list[dict[str, Any]]) -> list[Any]:
@@ -224,7 +225,7 @@ def plot(found: dict[str, Any], paths: list[Path]) -> None:
     if found.get("anew"):
         left.legend()
     rows = found.get("over_time", [])
-    first = rows[0]["loads"] if rows else ""
+    first = next((row["loads"] for row in rows if "drift" in row["loads"]), "")
     for row in rows:
         if row["loads"] == first:
             right.plot(row["windows"], label=f"{row['policy']}, {row['moves']:.0f} moves")
