@@ -133,8 +133,8 @@ def _compare(shape: Shape, batches: Sequence[int], rounds: int, machine: Machine
         ours = median(times.pop("headrace"))
         (best, kind), *others = sorted((median(taken), kind) for kind, taken in times.items())
         rows.append(
-            f"{tokens} | {1e3 * ours:.2f} | {ours / floor:.2f} | {kind} | {1e3 * best:.2f} | {best / ours:.2f} | "
-            + ", ".join(f"{kind} {1e3 * taken:.1f}" for taken, kind in others)
+            f"{tokens} | {1e3 * ours:.3g} | {ours / floor:.2f} | {kind} | {1e3 * best:.3g} | {best / ours:.2f} | "
+            + ", ".join(f"{kind} {1e3 * taken:.3g}" for taken, kind in others)
         )
     return rows
 

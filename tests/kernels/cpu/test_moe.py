@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from kernels.cpu.build import VARIANTS, runs_here
 from kernels.cpu.decoder import ThreadPool
 from kernels.cpu.expert_exchange import MissingExpert
+from kernels.cpu.experts import ExpertTable
 from kernels.cpu.library import Library, load
 from kernels.cpu.moe import MoeBlock, route
 from kernels.cpu.structures import Format
@@ -154,6 +156,20 @@ def test_experts_may_lie_in_any_slot_and_move_between_steps(library: Library) ->
         copies = [array.copy() for array in original.arrays]  # as from another host
         block.experts.set_expert(0, slot, original.with_arrays(copies))
     assert np.array_equal(block(x), wanted)
+
+
+def test_layers_that_are_not_alike_are_refused(library: Library) -> None:
+    routing = ROUTINGS["mixtral"]
+    first, _ = packed(library, random_moe(routing, 8, 64, 32, shared=32), Format.F32)
+    fewer, _ = packed(library, random_moe(routing, 4, 64, 32, shared=32), Format.F32)
+    wider, _ = packed(library, random_moe(routing, 8, 64, 64, shared=32), Format.F32)
+    bare, _ = packed(library, random_moe(routing, 8, 64, 32), Format.F32)
+    for other in (fewer, wider, bare):
+        with pytest.raises(ValueError, match="layer 1: experts of another number or form"):
+            ExpertTable([first, other])
+    short, _ = packed(library, random_moe(routing, 8, 64, 32, shared=32), Format.BF16)
+    with pytest.raises(ValueError, match="layer 0: a shared expert of another format"):
+        ExpertTable([replace(first, shared=short.shared)])
 
 
 def test_a_slot_takes_only_experts_of_the_model_s_form(library: Library) -> None:
