@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.e2e.oracle import Oracle
-from tests.workers.models.tiny_fallback import FAMILIES, write_fallback_model
+from tests.workers.models.tiny_fallback import FAMILIES, MORE_FAMILIES, write_fallback_model
 from tests.workers.test_worker import SECRET, Client, at_rest, remote, until, work
 from workers.config import EngineConfig, TransferConfig, WorkerConfig
 from workers.engine.engine import Engine
@@ -64,7 +64,9 @@ def check(engine: Engine, oracle: Oracle, prompts: list[list[int]]) -> None:
                 assert logprob == pytest.approx(float(expected[row, token]), abs=2e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_FAMILIES)]
+)
 def test_the_engine_says_what_transformers_says(family: str, tmp_path: Path) -> None:
     """Prompts in chunks beside decoded tokens, so few blocks that requests are preempted, then prefix hits."""
     path = write_fallback_model(tmp_path / family, family)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,32 @@ _SIZES = {
     "max_position_embeddings": 256,
 }
 _GPT_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
-_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_ANY_SIZES = {  # of which a family takes what it knows
+    **_SIZES,
+    **_GPT_SIZES,
+    "head_dim": 8,
+    "sliding_window": 7,
+    "query_pre_attn_scalar": 24,
+    "pad_token_id": 0,
+    "ffn_dim": 48,
+    "dff": 48,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_LATENT = {
+    "head_dim": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {  # both soft caps, every other layer with a window, a scale of its own
@@ -52,14 +78,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": _SIZES,
     "starcoder2": {**_SIZES, "sliding_window": 7},
 }
+MORE_FAMILIES = """afmoe apertus arcee aria_text beam biogpt bitnet cohere2 cohere2_moe ctrl cwm ernie4_5 ernie4_5_moe
+exaone4 exaone_moe flex_olmo flint gemma gemma4_unified_text glm glm4_moe glm4_moe_lite gpt_bigcode granite_swa granitemoe
+granitemoe_swa granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe
+kolibri1 laguna mellum minicpm3 minimax_m2 ministral ministral3 modernbert-decoder nanochat nemotron olmo olmo3 persimmon phi
+phimoe seed_oss smollm3 solar_open vaultgemma youtu""".split()  # noqa: SIM905  (a list would take 56 lines)
+_HEADS_FROM_LATENTS = ("glm4_moe_lite", "minicpm3", "youtu")  # keys and values of unequal size
 
 
 def write_fallback_model(path: Path, family: str, seed: int = 0, **values: Any) -> Path:
     """A directory with the byte-level tokenizer, float32 weights and `values` over the family's small sizes."""
     write_random_model(path)  # for its tokenizer; the model is written over
-    config = CONFIG_MAPPING[family](
-        vocab_size=VOCAB_SIZE, bos_token_id=1, eos_token_id=2, **{**FAMILIES.get(family, {}), **values}
-    )
+    make = CONFIG_MAPPING[family]
+    given = FAMILIES.get(family)
+    if given is None:
+        sizes = _ANY_SIZES | (_LATENT if family in _HEADS_FROM_LATENTS else {})
+        known = set(inspect.signature(make.__init__).parameters) - set(make.attribute_map)
+        given = {key: value for key, value in sizes.items() if key in known}
+    config = make(vocab_size=VOCAB_SIZE, bos_token_id=1, eos_token_id=2, **{**given, **values})
     write_model(path, config, seed)
     return path
 
