@@ -1,0 +1,139 @@
+"""The GPU benchmarks run at tiny sizes under Triton's interpreter; the report says what ran, what not, and why."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.gpu.report import collect, failed, markdown
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize(
+    "groups",
+    [["layer"], pytest.param(["attention", "sampling", "relayout"], marks=pytest.mark.slow)],
+    ids=",".join,
+)
+def test_rehearsal(groups: list[str]) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu", "--rehearse", *groups],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert {case["group"] for case in found["cases"]} == set(groups)
+    for case in found["cases"]:
+        assert case["forms"]["headrace"] == {"seconds": None}, case
+        assert all(form == {"seconds": None} for form in case["forms"].values()), case
+
+
+def test_without_a_gpu_nothing_is_measured() -> None:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list(json.loads(done.stdout)) == ["skipped"]
+
+
+def junit(inside: str) -> str:
+    return f'<?xml version="1.0"?><testsuites><testsuite name="pytest">{inside}</testsuite></testsuites>'
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    (tmp_path / "tests.triton.status").write_text("0 31\n")
+    (tmp_path / "tests.triton.xml").write_text(
+        junit(
+            '<testcase classname="a" name="one"/><testcase classname="a" name="two"><skipped message="no fp8"/></testcase>'
+        )
+    )
+    (tmp_path / "tests.roads.status").write_text("2 4\n")
+    (tmp_path / "tests.roads.xml").write_text(
+        junit(
+            '<testcase classname="" name="roads"><error message="collection failure">'
+            "E   ModuleNotFoundError: No module named 'msgspec'</error></testcase>"
+        )
+    )
+    (tmp_path / "tests.late.status").write_text("not begun: no time was left 0\n")
+    (tmp_path / "bench.nccl.status").write_text("1 2\n")
+    (tmp_path / "bench.nccl.err").write_text("cupy is missing\n")
+    (tmp_path / "bench.kernels.status").write_text("0 60\n")
+    form = {"seconds": 2e-4, "bytes_per_s": 3e12, "flops_per_s": 5e13, "share": 0.75}
+    (tmp_path / "bench.kernels.out").write_text(
+        json.dumps(
+            {
+                "ceilings": {"copy_bytes_per_s": 4e12, "matmul_flops_per_s": 7e14},
+                "cases": [
+                    {
+                        "name": "decode",
+                        "shape": {"sequences": 64},
+                        "ceiling": "copy",
+                        "forms": {"headrace": form},
+                    }
+                ],
+                "left_out": ["sampling and what follows"],
+            }
+        )
+    )
+    return tmp_path
+
+
+def test_report(raw: Path) -> None:
+    found = collect(raw)
+    assert found["tests"]["triton"]["passed"] == ["a::one"]
+    assert found["tests"]["triton"]["skipped"] == {"a::two": "no fp8"}
+    assert list(found["tests"]["roads"]["skipped"].values()) == ["msgspec is not installed"]
+    assert not failed(found)
+    table = markdown(found)
+    assert "| triton | 1 | 0 | 1 | 31 | no fp8 |" in table
+    assert "| late | 0 | 0 | 0 | 0 | not begun: no time was left |" in table
+    assert "| decode: sequences 64 | headrace | 200.0 | 3,000 | 50.0 | 75% of copy |" in table
+    assert "Ended with 1: cupy is missing" in table
+    assert "Left out for want of time: sampling and what follows" in table
+
+
+def test_a_failure_is_not_hidden(raw: Path) -> None:
+    (raw / "tests.hung.status").write_text("124 240\n")
+    found = collect(raw)
+    assert failed(found)
+    assert "| hung | 0 | 1 | 0 | 240 | no report, ended with ran out of time: |" in markdown(found)
+    (raw / "tests.hung.xml").write_text(
+        junit('<testcase classname="b" name="x"><failure message="assert 1 == 2">trace</failure></testcase>')
+    )
+    found = collect(raw)
+    assert found["tests"]["hung"]["failed"] == {"b::x": "assert 1 == 2"}
+    assert failed(found)
+
+
+def test_without_a_gpu_the_whole_check_says_so(tmp_path: Path) -> None:
+    environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        ["bash", "bench/gpu_check.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert {"triton", "test_gpu_processes", "test_nccl_backend"} <= set(found["tests"])
+    ended = {step["ended"] for kind in ("tests", "benches") for step in found[kind].values()}
+    assert len(ended) == 1
+    assert ended.pop().startswith("not begun: ")
+    assert (tmp_path / "gpu.md").read_text() in done.stdout
