@@ -73,12 +73,14 @@ def _rank(watched: Watched, number: int, now: float) -> dict[str, Any]:
     computed = watched.loads.computed()
     mean = computed.sum() / max(len(watched.group.alive), 1)
     posted = watched.state.posted
-    if report.refused >= max(posted, report.version + 1):
+    if number not in watched.group.members:
+        state = "left out"
+    elif report.refused >= max(posted, report.version + 1):
         state = "refuses"
     elif posted > report.version:
         state = "ready" if report.ready >= posted else "loading"
     else:
-        state = "left out" if number not in watched.group.members else "in use"
+        state = "in use"
     return {
         "rank": number,
         "state": state,

@@ -69,6 +69,14 @@ async def test_hot_experts_and_where_they_are():
     assert row.split()[8] == f"{850 / 600:.3f}"
 
 
+async def test_a_rank_that_the_others_have_given_up_but_that_still_reports_is_left_out():
+    others = {rank: {"members": [0, 1, 2]} for rank in (0, 1, 2)}
+    found = watched(others)
+    found.look(found.group, ExpertPost("g", Placement(5, PLACED.layers), "r1", 1e9, "rank 3 left"), 1.0)
+    states = [rank["state"] for rank in (await said(found))["groups"][0]["ranks"]]
+    assert states == ["loading", "loading", "loading", "left out"]
+
+
 async def test_the_best_possible_is_a_bound():
     view = await said(watched())
     best = view["groups"][0]["balancedness"]["best"]
