@@ -45,6 +45,12 @@ class FallbackBackend:
             spec.class_name,
             spec.reason,
         )
+        if spec.named_position is not None:
+            logger.warning(
+                "longrope turns every key anew beyond %d tokens, cached ones too: the context ends there, not at %d",
+                spec.max_position,
+                spec.named_position,
+            )
         self._sampler = Sampler(frozenset(model.eos_token_ids))
         self.layout = KvLayout(
             num_layers=self._model.num_layers,

@@ -6,7 +6,6 @@ interface, and keys and values must be all that a token leaves behind. `fallback
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from typing import Any
 from workers.models.checkpoint import read_json
 from workers.models.errors import ModelError, NotExpressed
 from workers.models.spec import DecoderSpec
-
-logger = logging.getLogger(__name__)
 
 # What transformers raises for a config or checkpoint that it cannot read, and for a package that a model needs.
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError, RuntimeError)
@@ -31,6 +28,7 @@ class FallbackSpec:
     reason: str  # why DecoderSpec does not do
     vocab_size: int
     max_position: int  # tokens
+    named_position: int | None  # tokens that the config names, where longrope allows fewer
     eos_token_ids: tuple[int, ...]  # the class's, for a checkpoint that names none
 
 
@@ -77,12 +75,14 @@ def _read_fallback(path: Path, config: dict[str, Any], reason: str) -> FallbackS
     text = whole.get_text_config(decoder=True)
     if obstacle := _obstacle(text, model_class, config.get("architectures")):
         raise ModelError(obstacle)
+    max_position, named_position = _max_position(text)
     return FallbackSpec(
         architecture=str(architecture),
         class_name=model_class.__name__,
         reason=reason,
         vocab_size=_vocab_size(text),
-        max_position=_max_position(text),
+        max_position=max_position,
+        named_position=named_position,
         eos_token_ids=_eos_token_ids(text),
     )
 
@@ -115,26 +115,21 @@ def _vocab_size(text: Any) -> int:
     return size
 
 
-def _max_position(text: Any) -> int:
+def _max_position(text: Any) -> tuple[int, int | None]:
+    """Tokens that can be served, and those that the config names where longrope allows fewer."""
     found = next((value for name in _LENGTHS if (value := getattr(text, name, None)) is not None), None)
     if not isinstance(found, int) or found < 1:
         raise ModelError(f"config.json does not tell the context length: {_LENGTHS[0]} is {found!r}")
     rope = getattr(text, "rope_parameters", None) or {}
-    for one in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        if one.get("rope_type") != "longrope":
-            continue
+    by_layer_type = [value for value in rope.values() if isinstance(value, dict)]
+    for one in [rope, *by_layer_type]:
         original = one.get("original_max_position_embeddings") or getattr(
             text, "original_max_position_embeddings", None
         )
-        if original and original < found:
-            # Beyond it the angles of *all* tokens change, those of cached keys too, with the longest of a batch.
-            logger.warning(
-                "longrope turns every key anew beyond %d tokens: the context ends there, not at %d",
-                original,
-                found,
-            )
-            found = int(original)
-    return found
+        # Beyond it the angles of *all* tokens change, those of cached keys too, with the longest of a batch.
+        if one.get("rope_type") == "longrope" and original and original < found:
+            return int(original), found
+    return found, None
 
 
 def _eos_token_ids(text: Any) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from workers.config import EngineConfig, TransferConfig, WorkerConfig
 from workers.engine.engine import Engine
 from workers.models.catalog import prepare_model
 from workers.models.errors import ModelError
+from workers.models.fallback_attention import Step
 from workers.models.fallback_spec import FallbackSpec, read_spec
 from workers.models.random_model import write_random_model
 from workers.protocol.messages import Prefill, PrefillDone, Sampling, Ticketed
@@ -233,6 +235,20 @@ def test_what_is_refused_by_trying_it(
         opened(path)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_attention_is_noticed_when_the_model_is_loaded(
+    gemma2: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Step.attend
+
+    def without_cap(self: Step, *given: Any) -> torch.Tensor:
+        return right(self, *given[:-1], dataclasses.replace(given[-1], softcap=None))
+
+    monkeypatch.setattr(Step, "attend", without_cap)
+    with pytest.raises(ModelError, match="Gemma2ForCausalLM does not compute in chunks"):
+        opened(gemma2, dtype=dtype)
+
+
 def test_weights_that_are_missing_are_not_made_up(gemma2: Path, tmp_path: Path) -> None:
     path = edit(shutil.copytree(gemma2, tmp_path / "more"), num_hidden_layers=3, layer_types=None)
     with pytest.raises(ModelError, match=r"lacks \d+ weights of Gemma2ForCausalLM, such as model.layers.2"):
@@ -268,4 +284,4 @@ def test_longrope_ends_the_context_where_it_would_turn_cached_keys(tmp_path: Pat
     (tmp_path / "config.json").write_text(json.dumps(config))
     spec = read_spec(tmp_path)
     assert isinstance(spec, FallbackSpec)
-    assert spec.max_position == 64
+    assert (spec.max_position, spec.named_position) == (64, 256)
