@@ -60,6 +60,8 @@ def render_status(status: dict[str, Any], url: str, wide: bool = True) -> Render
     )
     if planned := _planned(status.get("planner")):
         head = Text.assemble(head, "\n", planned)
+    for group in status.get("experts") or []:
+        head = Text.assemble(head, "\n", _experts(group))
     workers = status.get("workers") or []
     if not workers:
         return Group(head, Text("no workers are registered", "yellow"))
@@ -72,6 +74,12 @@ def render_status(status: dict[str, Any], url: str, wide: bool = True) -> Render
         table.add_row(*_row(worker, wide))
     ways = _ways(workers)
     return Group(head, table, Text(), ways) if ways.row_count else Group(head, table)
+
+
+def _experts(group: dict[str, Any]) -> Text:
+    """One line on the placement of a group's experts; `headrace experts` says more."""
+    told = f"experts of {group.get('group', '-')}: placement {group.get('version', '-')}, {group.get('phase', '-')}"
+    return Text(f"{told}: {group.get('text', '-')}", "red" if group.get("trouble") else "dim")
 
 
 def _planned(planner: dict[str, Any] | None) -> Text | None:

@@ -356,6 +356,7 @@ class Dispatcher:
             "queue": self.admission.waiting,
             "in_flight": self._in_flight,
             "planner": msgspec.to_builtins(self.discovery.planned),
+            "experts": self.experts.status(),
             "workers": [
                 describe(member, self.book, self.index)
                 for member in sorted(self.fleet.members(), key=lambda m: m.info.worker_id)

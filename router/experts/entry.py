@@ -78,6 +78,22 @@ class Experts:
         )
         await self.service.start()
 
+    def status(self) -> list[dict[str, Any]]:
+        """A few words on each group, for `headrace status`."""
+        service = self.service
+        if service is None:
+            return []
+        return [
+            {
+                "group": name,
+                "version": watched.group.version,
+                "phase": str(watched.verdict.phase),
+                "text": service.trouble or watched.verdict.text,
+                "trouble": bool(service.trouble) or watched.trouble,
+            }
+            for name, watched in sorted(service.groups.items())
+        ]
+
     async def view(self) -> dict[str, Any]:
         """What `headrace experts --json` prints."""
         service = self.service

@@ -10,7 +10,6 @@ import numpy as np
 from router.experts.balance import rank_loads
 from router.experts.bounds import lower_bound
 from router.experts.group import Group
-from router.experts.rebalancer import TROUBLE
 from router.experts.watched import Watched
 from router.experts.windows import Array
 
@@ -48,7 +47,7 @@ def _view(watched: Watched, now: float) -> dict[str, Any]:
         "posted_at": None if watched.post is None else watched.post.at,
         "phase": str(watched.verdict.phase),
         "text": watched.verdict.text,
-        "trouble": watched.verdict.phase in TROUBLE,
+        "trouble": watched.trouble,
         "planning": watched.planning,
         "last_plan": None
         if planned is None

@@ -88,6 +88,11 @@ class Watched:
         self.verdict = verdict
         return verdict
 
+    @property
+    def trouble(self) -> bool:
+        """Something keeps experts from being placed, and somebody should look into it."""
+        return self.verdict.phase in TROUBLE
+
     def _tell(self, verdict: Verdict) -> None:
         before = self.verdict
         if (verdict.phase, verdict.phase in TROUBLE or verdict.text) == (

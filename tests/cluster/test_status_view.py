@@ -35,3 +35,15 @@ def test_the_roads_of_kv_blocks_are_shown() -> None:
 
 def test_without_roads_there_is_no_table_of_them() -> None:
     assert "KV blocks from" not in shown({"workers": [{"worker_id": "d", "state": "up", "peers": {}}]})
+
+
+def test_trouble_with_experts_is_said() -> None:
+    group = {
+        "group": "decode-ep0",
+        "version": 3,
+        "phase": "refused",
+        "text": "rank 1 has no room",
+        "trouble": True,
+    }
+    assert "experts of decode-ep0: placement 3, refused: rank 1 has no room" in shown({"experts": [group]})
+    assert "experts of" not in shown({"experts": []})

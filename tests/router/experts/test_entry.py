@@ -35,6 +35,8 @@ async def test_a_router_notices_ranks_and_places_their_experts(valkey):
             (shown,) = view["groups"]
             assert (shown["layers"], shown["experts"]) == (LAYERS, EXPERTS)
             assert view["planner"] == cluster.dispatcher.router_id
+            (told,) = (await cluster.dispatcher.status())["experts"]
+            assert (told["group"], told["trouble"]) == ("g", False)
             assert [rank["worker_id"] for rank in shown["ranks"]] == ["w0", "w1", "w2", "w3"]
             cluster["w3"].die()
             await until(lambda: cluster.dispatcher.experts.service.groups["g"].group.ranks[3] is None)
