@@ -27,7 +27,7 @@ def least_of_all(loads: np.ndarray, topology: Topology) -> float:
     )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     loads=st.lists(st.integers(0, 100), min_size=3, max_size=4),
     ranks=st.lists(st.tuples(st.integers(1, 2), st.sampled_from([0.5, 1.0])), min_size=3, max_size=3),
@@ -42,20 +42,21 @@ def test_the_bound_is_below_every_placement(loads: list[int], ranks: list[tuple[
 
 @pytest.mark.parametrize(
     ("experts", "ranks", "slots", "zipf"),
-    [(12, 4, 4, 0.8), (16, 6, 3, 1.2), (13, 5, 3, 1.0), (20, 10, 2, 0.3), (16, 8, 2, 0.5), (9, 6, 2, 1.0)],
+    [(12, 4, 4, 0.8), (13, 5, 3, 1.0), (16, 8, 2, 0.5), (9, 6, 2, 1.0)],
 )
 def test_the_bound_is_close_to_the_optimum(experts: int, ranks: int, slots: int, zipf: float) -> None:
     loads = np.random.default_rng(1).uniform(0.8, 1.2, experts) / np.arange(1, experts + 1) ** zipf
     topology = uniform(ranks, slots)
-    best = solve(loads, topology, limit_s=20)
+    best = solve(loads, topology, limit_s=60)
     assert best is not None
     assert best.proven
     assert best.time * 0.96 <= lower_bound(loads, topology) <= best.time * (1 + 1e-4)
 
 
+@pytest.mark.slow
 def test_the_optimum_of_eplbs_example_with_equal_shares() -> None:
     loads = np.array([20.0, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27])
-    best = solve(loads, uniform(8, 2), equal_shares=True, limit_s=3)
+    best = solve(loads, uniform(8, 2), equal_shares=True, limit_s=30)
     assert best is not None
     assert loads.sum() / 8 / best.time == pytest.approx(0.8401, abs=5e-5)
 
