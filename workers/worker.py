@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 
@@ -25,7 +26,6 @@ from workers.tiers.tiers import open_tiers
 from workers.token_server import TokenServer
 from workers.transfer.block_memory import block_memory
 from workers.transfer.receiver import Receiver
-from workers.transfer.shm import host_id
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ class Worker:
         experts.start(self.info)
         config = self.config
         assert config.redis_url is not None, "the configuration has seen to it"
-        node, beat_s = host_id(), config.heartbeat_s
+        node, beat_s = socket.gethostname(), config.heartbeat_s
         self._board = RankBoard(experts, config.role, config.redis_url, config.cluster, node, beat_s)
 
     def _await_group(self, experts: ExpertPlane) -> None:

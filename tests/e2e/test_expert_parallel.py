@@ -12,8 +12,12 @@ import pytest
 import redis
 
 from tests.e2e.local_cluster import LocalCluster
-from tests.e2e.oracle import Oracle
+from tests.e2e.oracle import Oracle, real_prompts
+from workers.config import EngineConfig
+from workers.engine.engine import Engine
+from workers.models.catalog import prepare_model
 from workers.models.random_model import write_random_model
+from workers.models.upcycle import Upcycling, upcycle
 from workers.protocol import redis_keys
 from workers.protocol.expert_messages import ExpertPost, ExpertRank
 from workers.protocol.experts import Placement
@@ -71,7 +75,7 @@ class Groups:
 
     async def wait_for(self, version: int, timeout_s: float = 20.0) -> None:
         end = time.monotonic() + timeout_s
-        while any(rank.version != version for rank in self.ranks()):
+        while [rank.version for rank in self.ranks()] != [version] * 4:
             assert time.monotonic() < end, self.ranks()
             await asyncio.sleep(0.05)
 
@@ -83,6 +87,7 @@ async def test_right_tokens_through_two_groups_while_experts_move(moe_model: Pat
         moe_model, prefill=2, decode=2, expert_parallel=2, experts={"slots": 6}
     ) as cluster:
         groups = Groups(cluster)
+        await groups.wait_for(1)
         asking = asyncio.ensure_future(cluster.ask_all(given, max_tokens=32, ignore_eos=True))
         for version in range(2, 12):
             groups.post(spread(version, rng))
@@ -98,3 +103,22 @@ async def test_right_tokens_through_two_groups_while_experts_move(moe_model: Pat
         assert {rank.group for rank in groups.ranks()} == {"prefill-ep0", "decode-ep0"}
         assert all(rank.members == [0, 1] for rank in groups.ranks())
         await cluster.assert_at_rest()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("prefill", "size"), [(2, 2), (0, 4)])
+async def test_real_text_comes_out_as_from_the_dense_model(
+    smollm2: Path, oracle: Oracle, tmp_path: Path, prefill: int, size: int
+) -> None:
+    """An up-cycled model says what the dense one says, but only if every token meets the experts that it chose."""
+    model = upcycle(smollm2, tmp_path / "moe", Upcycling(groups=2, slices=2))
+    given = real_prompts(oracle.tokenizer, [5, 16, 40, 90, 150, 256])
+    Engine(
+        EngineConfig(dtype="float32", num_blocks=1), prepare_model(str(model))
+    )  # packs the weights, once for all
+    async with LocalCluster(model, prefill=prefill, decode=size, expert_parallel=size) as cluster:
+        answers = await cluster.ask_all(given, max_tokens=48, ignore_eos=True)
+        for prompt, answer in zip(given, answers, strict=True):
+            assert oracle.fault(prompt, answer.tokens) is None
+        assert all(rank.members == list(range(size)) for rank in Groups(cluster).ranks())

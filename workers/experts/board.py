@@ -63,7 +63,7 @@ class RankBoard:
             self._client.close()
 
     def _run(self) -> None:
-        while not self._closing.wait(self._heartbeat_s):
+        while not self._closing.is_set():
             try:
                 self.beat()
             except TROUBLE as error:
@@ -72,6 +72,7 @@ class RankBoard:
                 self._away = True
             else:
                 self._away = False
+            self._closing.wait(self._heartbeat_s)
 
     def beat(self) -> None:
         """Report, and look for a new placement. Raises one of TROUBLE."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 from workers.experts.messages import between_ranks
@@ -44,6 +45,13 @@ class Link:
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
+
+
+def tell(links: Iterable[Link], message: Any) -> None:
+    """Those that are still there; whoever reads a connection sees its end."""
+    for link in links:
+        with contextlib.suppress(OSError):
+            link.send(message)
 
 
 def call(address: str, secret: bytes, peer_id: str, timeout_s: float) -> Link:

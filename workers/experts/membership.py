@@ -11,7 +11,6 @@ in the latest view and has the lowest rank takes those behind it, until nobody i
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -19,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from workers.experts.acquaintances import Acquaintances, Following
-from workers.experts.link import Link
+from workers.experts.link import Link, tell
 from workers.experts.messages import (
     Aboard,
     Beat,
@@ -93,8 +92,7 @@ class Membership:
         """The others see this rank leave. Wakes who waits here. Idempotent."""
         with self._changed:
             self._closing = True
-            links = [one.link for one in self._followers.values()]
-            links += [self._leader] if self._leader is not None else []
+            links = self._links()
             self._changed.notify_all()
         for link in links:
             link.close()
@@ -119,11 +117,8 @@ class Membership:
             if self._ended or turn <= self._rung or self._view is None:
                 return
             self._rung = turn
-            wake, leader = Wake(self._view.number, turn), self._leader
-            followers = list(self._followers.values())
-        for link in [leader] if leader is not None else [one.link for one in followers]:
-            with contextlib.suppress(OSError):  # whoever reads the connection sees its end
-                link.send(wake)
+            wake, links = Wake(self._view.number, turn), self._links()
+        tell(links, wake)
 
     @property
     def ended(self) -> bool:
@@ -138,12 +133,10 @@ class Membership:
                 return
             self._ended = True
             self._changed.notify_all()
-            told = [self._leader] if self._leader is not None else [f.link for f in self._followers.values()]
+            told = self._links()
         logger.info("%s: view %d of its expert group ends: %s", self.me.worker_id, number, reason)
         self._on_broken(reason)
-        for link in told:
-            with contextlib.suppress(OSError):
-                link.send(Broken(number, reason))
+        tell(told, Broken(number, reason))
 
     def next_view(self, compose: Callable[[int, Sequence[Member]], View]) -> View:
         """Wait for the view after the present one, which is over for this rank. Raises GroupClosed.
@@ -180,9 +173,7 @@ class Membership:
             self._wait_stranded(str(error), followers)
             return None
         self._begin(view, followers)
-        for one in followers:
-            with contextlib.suppress(OSError):
-                one.link.send(view)
+        tell([one.link for one in followers], view)
         with self._changed:
             lost = [one for one in followers if self._followers.get(one.member.rank) is not one]
         if lost:
@@ -192,9 +183,7 @@ class Membership:
     def _wait_stranded(self, reason: str, followers: Sequence[_Follower]) -> None:
         """Until somebody comes, or goes."""
         self._on_stranded(reason)
-        for one in followers:
-            with contextlib.suppress(OSError):
-                one.link.send(Lacking(reason))
+        tell([one.link for one in followers], Lacking(reason))
         with self._changed:
             came = self._changed.wait_for(
                 lambda: self._closing or set(self._followers.values()) != set(followers), _STRANDED_S
@@ -215,8 +204,7 @@ class Membership:
         leader = self._leader
         if leader is None:
             return None
-        with contextlib.suppress(OSError):
-            leader.send(Aboard(self._number))
+        tell([leader], Aboard(self._number))
         with self._changed:
             while self._next is None and self._leader is leader:
                 self._check_open()
@@ -365,7 +353,9 @@ class Membership:
                     pass
                 case Wake():
                     self._woken(message)
-                    self._pass_on(message, follower)
+                    with self._changed:
+                        others = [link for link in self._links() if link is not follower.link]
+                    tell(others, message)
                 case Broken():
                     self.end(message.view, f"{follower.member.worker_id}: {message.reason}")
                 case Aboard():
@@ -374,13 +364,6 @@ class Membership:
                         self._changed.notify_all()
                 case _:
                     raise ProtocolError(f"{type(message).__name__} is not a follower's to send")
-
-    def _pass_on(self, wake: Wake, sender: _Follower) -> None:
-        with self._changed:
-            others = [one for one in self._followers.values() if one is not sender]
-        for one in others:
-            with contextlib.suppress(OSError):
-                one.link.send(wake)
 
     def _lost(self, follower: _Follower, reason: str) -> None:
         with self._changed:
@@ -395,12 +378,13 @@ class Membership:
     def _beat(self) -> None:
         while not self._closing:
             with self._changed:
-                links = [one.link for one in self._followers.values()]
-                links += [self._leader] if self._leader is not None else []
-            for link in links:
-                with contextlib.suppress(OSError):
-                    link.send(Beat())
+                links = self._links()
+            tell(links, Beat())
             time.sleep(self._heartbeat_s)
+
+    def _links(self) -> list[Link]:
+        """Under the lock: to the leader, or to all followers."""
+        return [one.link for one in self._followers.values()] if self._leader is None else [self._leader]
 
     def _check_open(self) -> None:
         if self._closing:

@@ -12,7 +12,7 @@ from workers.models.random_model import write_random_model
 from workers.protocol.experts import Placement
 from workers.protocol.messages import Sampling
 
-GREEDY = Sampling(max_tokens=24, seed=0, temperature=0.0, ignore_eos=True)
+GREEDY = Sampling(max_tokens=12, seed=0, temperature=0.0, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def random_placement(
 
 @pytest.mark.parametrize("kernels", ["torch", "auto"])
 def test_ten_placements_while_tokens_flow(model: Path, kernels: str) -> None:
-    given, rng = prompts(9), random.Random(5)
+    given, rng = prompts(6), random.Random(5)
     wanted = expected(model, given, GREEDY)
     with Group(model, 3, slots=8, staging=1, engine={"kernels": kernels}) as group:
         for version in range(2, 12):
@@ -72,11 +72,12 @@ def test_ten_placements_while_tokens_flow(model: Path, kernels: str) -> None:
                 assert rank.group.holdings.most_held <= rank.group.capacity
 
 
-def test_a_rank_that_is_lost_and_comes_back(model: Path) -> None:
+@pytest.mark.parametrize("exchange", ["shm", "gloo"])
+def test_a_rank_that_is_lost_and_comes_back(model: Path, exchange: str) -> None:
     """First a follower, then the leader."""
     given = prompts(8)
     wanted = expected(model, given, GREEDY)
-    with Group(model, 3) as group:
+    with Group(model, 3, exchange=exchange) as group:
         for number, lost in enumerate((1, 0)):
             others = [rank for rank in group.ranks if rank.plane.place.rank != lost]
             waiting = [others[i % 2].submit(prompt, GREEDY) for i, prompt in enumerate(given)]
