@@ -8,12 +8,14 @@ turns, and at the same one everywhere, they begin to use another placement.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.5  # after a view that could not be entered
 _WORK, _NEW_VIEW = 1, 2  # flags of a header
-_FLAGS, _TURN, _VERSION, _READY = range(4)  # its words
+_FLAGS, _TURN, _AIM, _READY = range(4)  # its words
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +110,11 @@ class ExpertGroup:
         self._view: View | None = None
         self._turn = 0
         self._idle = True
-        self._announced = (-1, -1)  # the version and the layers that the others know us to be ready for
+        self._announced = (-1, -1)  # the aim and the layers of it that the others know us to be ready for
         self._wanted = contiguous(model.num_layers, model.num_experts, size, version=1)
         self._proposed: Placement | None = None
         self._switch = Switch(self._wanted)
+        self._aim = 0  # names what is being loaded: its version does not say which ranks it is for
         self._routes: list[Route] = []
         self._lacking, self._refused, self._reason = "the ranks have not met so far", 0, ""
         self.on_lacking: Callable[[str], None] = lambda reason: None
@@ -179,13 +182,13 @@ class ExpertGroup:
         return has_work or self.views.newcomers or self._progress() != self._announced
 
     def _progress(self) -> tuple[int, int]:
-        return self._switch.aim.version, self.holdings.ready
+        return self._aim, self.holdings.ready
 
     def _meet(self, turn: int, has_work: bool) -> NDArray[np.int64]:
         assert self.views is not None
-        version, ready = progress = self._progress()
+        aim, ready = progress = self._progress()
         flags = (_WORK if has_work else 0) | (_NEW_VIEW if self.views.newcomers else 0)
-        headers = self.exchange.headers(np.array([flags, turn, version, ready]))
+        headers = self.exchange.headers(np.array([flags, turn, aim, ready]))
         if (headers[:, _TURN] != turn).any():
             raise GroupBroken(f"the ranks are in turns {headers[:, _TURN].tolist()}")
         self._turn, self._announced = turn, progress
@@ -216,12 +219,13 @@ class ExpertGroup:
 
     def _take_aim(self, aim: Placement) -> None:
         self._switch.towards(aim)
+        self._aim = _digest(aim)
         self.holdings.aim(of_rank(aim, self._rank))
 
     def _advance(self, headers: NDArray[np.int64]) -> None:
         """Begin to use the layers of the aim that every rank holds."""
         switch = self._switch
-        if (headers[:, _VERSION] != switch.aim.version).any():
+        if (headers[:, _AIM] != self._aim).any():
             return
         before = switch.done
         changed = switch.advance(int(headers[:, _READY].min()))
@@ -315,3 +319,8 @@ class ExpertGroup:
             refused=self._refused,
             reason=self._reason,
         )
+
+
+def _digest(placement: Placement) -> int:
+    """In 63 bits."""
+    return int.from_bytes(hashlib.sha256(msgspec.msgpack.encode(placement)).digest()[:8], "big") >> 1
