@@ -47,7 +47,7 @@ class Timer:
             return None
         if self._flush is None:
             size = 2 * torch.cuda.get_device_properties(self.device).L2_cache_size
-            self._flush = torch.empty(max(size, 1 << 28), dtype=torch.uint8, device=self.device)
+            self._flush = torch.empty(max(size, 1 << 30), dtype=torch.uint8, device=self.device)
         for _ in range(3):
             launch()
         events = [

@@ -19,8 +19,8 @@ FEATURES = ("WINDOWED", "SINKS", "CAPPED")
 @pytest.mark.parametrize(
     ("architecture", "dtype", "format", "dim", "queries", "features"),
     [
-        (90, "bf16", 0, 128, 1000, FEATURES),
         (90, "bf16", 3, 128, 1, FEATURES),
+        pytest.param(90, "bf16", 0, 128, 1000, FEATURES, marks=pytest.mark.slow),
         pytest.param(80, "bf16", 0, 128, 1, (), marks=pytest.mark.slow),
         pytest.param(80, "fp16", 2, 128, 1000, ("WINDOWED",), marks=pytest.mark.slow),
         pytest.param(90, "bf16", 1, 64, 3, (), marks=pytest.mark.slow),
