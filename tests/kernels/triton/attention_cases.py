@@ -1,4 +1,4 @@
-"""What test_attention.py runs in a process of its own: under Triton's interpreter, or on the GPU."""
+"""What test_triton.py runs in a process of its own: under Triton's interpreter, or on the GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What test_layer.py runs in a process of its own, under Triton's interpreter or on the GPU: a layer's small kernels."""
+"""What test_triton.py runs in a process of its own, under Triton's interpreter or on the GPU: a layer's small kernels."""
 
 from __future__ import annotations
 

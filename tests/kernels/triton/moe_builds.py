@@ -1,4 +1,4 @@
-"""What test_moe.py runs besides: the kernels compile for real GPUs, which needs none."""
+"""What test_triton.py runs besides: the kernels compile for real GPUs, which needs none."""
 
 from __future__ import annotations
 

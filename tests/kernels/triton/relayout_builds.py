@@ -1,4 +1,4 @@
-"""What test_relayout.py runs besides: every form of the kernels compiles for real GPUs, which needs none."""
+"""What test_triton.py runs besides: every form of the kernels compiles for real GPUs, which needs none."""
 
 from __future__ import annotations
 

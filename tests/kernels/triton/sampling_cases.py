@@ -1,4 +1,4 @@
-"""What test_sampling.py runs in a process of its own, under Triton's interpreter or on the GPU: draws against the CPU's.
+"""What test_triton.py runs in a process of its own, under Triton's interpreter or on the GPU: draws against the CPU's.
 
 Tokens must be equal but where a decision lies within rounding: sums of float64 behind top-p are added up in another
 order. Such a row is excused only if the CPU's form itself gives the other token when top_p moves by _MARGIN.
