@@ -24,7 +24,7 @@ from workers.protocol.redis_client import TROUBLE, Client, connect, node_of
 logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 2.0
-_LOG_LENGTH = 8192  # messages kept of a group
+_LOG_LENGTH = 16  # messages kept for each rank: a router that comes reads no more
 _MOST = 2**32 - 1  # a count; more in one message would take a rank minutes
 
 
@@ -40,6 +40,7 @@ class RankBoard:
         self._address = RedisAddress.parse(redis_url)
         self._client: Client | None = None
         self._seq = 0
+        self._log_length = _LOG_LENGTH * plane.place.size
         self._counted_at = time.monotonic()
         self._pending: Counted | None = None
         self._seen = 0  # the version of the post that was read last
@@ -82,7 +83,7 @@ class RankBoard:
         if (counts := self._counts(status)) is not None:
             key = redis_keys.expert_counts(self._cluster, group)
             packed = msgspec.msgpack.encode(counts)
-            self._redis("XADD", key, "MAXLEN", "~", _LOG_LENGTH, "*", "c", packed)
+            self._redis("XADD", key, "MAXLEN", "~", self._log_length, "*", "c", packed)
             self._pending = None
         posted = int(self._redis("GET", redis_keys.expert_version(self._cluster, group)) or 0)
         if posted > self._seen:
