@@ -214,7 +214,10 @@ def test_missing_and_wrongly_shaped_parts_are_named(tmp_path: Path) -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"quant_method": "bitsandbytes"}, "'bitsandbytes' are not read; gptq, awq, compressed-tensors, fp8, mxfp4 and GGUF"),
+    (
+        {"quant_method": "bitsandbytes"},
+        "'bitsandbytes' are not read; gptq, awq, compressed-tensors, fp8, mxfp4 and GGUF",
+    ),
     ({"quant_method": "gptq", "bits": 3, "group_size": 32}, "bits 3; read are 4, 8"),
     ({"quant_method": "gptq", "bits": 4, "group_size": 16}, "group_size 16; read are 32, 64, 128, -1"),
     ({"quant_method": "gptq", "bits": 4, "group_size": 32, "dynamic": {"-:x": {}}}, "dynamic"),
