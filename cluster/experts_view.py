@@ -137,6 +137,9 @@ def _number(value: float | None) -> str:
 
 def draw_experts(found: dict[str, Any], path: Path) -> None:
     """A heat map for each group: experts by layer, and ranks by layer. Raises ExpertsError."""
+    groups = [group for group in found["groups"] if group["tokens"]]
+    if not groups:
+        raise ExpertsError("there is nothing to draw: no tokens have been counted yet")
     try:
         import matplotlib
     except ImportError:
@@ -144,9 +147,6 @@ def draw_experts(found: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    groups = [group for group in found["groups"] if group["tokens"]]
-    if not groups:
-        raise ExpertsError("there is nothing to draw: no tokens have been counted yet")
     figure, axes = pyplot.subplots(
         len(groups), 2, figsize=(15, 1.5 + 4.5 * len(groups)), squeeze=False, width_ratios=(3, 1)
     )
