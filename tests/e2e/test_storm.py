@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import statistics
+import time
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -41,7 +44,9 @@ async def test_a_third_of_the_requests_is_cancelled(
     lengths = [rng.randrange(1, 24) for _ in range(REQUESTS)]
     expected = reference(tiny_model, prompts, lengths)
     below = {"host_cache_memory": "4MB", "disk_cache_memory": "40MB", "disk_cache_dir": str(tmp_path)}
-    leaves_after_s = [rng.expovariate(1 / 0.04) if rng.random() < 1 / 3 else None for _ in range(REQUESTS)]
+    # As a part of how long requests lately took, so that they leave at all stages however fast the machine is.
+    leaves_at = [rng.random() if rng.random() < 1 / 3 else None for _ in range(REQUESTS)]
+    took_s: deque[float] = deque([0.04], maxlen=50)
 
     async with LocalCluster(
         tiny_model,
@@ -62,14 +67,16 @@ async def test_a_third_of_the_requests_is_cancelled(
                         f"r{i}", prompts[i], max_tokens=lengths[i], seed=i, temperature=1.0, ignore_eos=True
                     )
                 )
-                if leaves_after_s[i] is not None:
-                    await asyncio.wait([asking], timeout=leaves_after_s[i])
+                began, part = time.monotonic(), leaves_at[i]
+                if part is not None:
+                    await asyncio.wait([asking], timeout=part * statistics.median(took_s))
                     if not asking.done():
                         asking.cancel()
                         await asyncio.wait([asking])
                         outcomes["left"] += 1
                         return
                 answer = await asking
+                took_s.append(time.monotonic() - began)
                 assert answer.tokens == expected[i], f"request {i}"
                 outcomes["whole"] += 1
 
@@ -77,6 +84,6 @@ async def test_a_third_of_the_requests_is_cancelled(
         await cluster.assert_at_rest()
         status = await cluster.status()
     assert outcomes["whole"] + outcomes["left"] == REQUESTS
-    assert outcomes["left"] > 150
+    assert outcomes["left"] > REQUESTS / 20, "of a third"
     assert all(reply.load.output_tokens > 0 for reply in status.values())
     assert sum(reply.load.prefix_hit_tokens for reply in status.values()) > 0
