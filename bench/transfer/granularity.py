@@ -17,7 +17,7 @@ from typing import Any
 from bench.spread import interleaved
 from workers.config import EngineConfig, TransferConfig, WorkerConfig
 from workers.models.catalog import prepare_model
-from workers.protocol.frames import answer_challenge, check_welcome, from_worker, recv_frame, send_frame
+from workers.protocol.frames import from_worker, greet, recv_frame, send_frame
 from workers.protocol.messages import Cancel, Heartbeat, Prefill, Reserve, Sampling, Ticketed, Tokens, Work
 from workers.transfer import channel
 from workers.worker import Worker
@@ -76,10 +76,7 @@ class _Link:
     def __init__(self, address: str) -> None:
         host, port = address.split(":")
         self._sock = socket.create_connection((host, int(port)), timeout=60)
-        secret = _SECRET.encode()
-        hello = answer_challenge(secret, recv_frame(self._sock, from_worker), "bench")
-        send_frame(self._sock, hello)
-        check_welcome(secret, hello, recv_frame(self._sock, from_worker))
+        greet(self._sock, _SECRET.encode(), "bench", from_worker)
 
     def send(self, message: Any) -> None:
         send_frame(self._sock, message)

@@ -20,9 +20,8 @@ from workers.models.catalog import prepare_model
 from workers.models.random_model import write_random_model
 from workers.protocol.frames import (
     ProtocolError,
-    answer_challenge,
-    check_welcome,
     from_worker,
+    greet,
     recv_frame,
     send_frame,
 )
@@ -44,7 +43,6 @@ from workers.protocol.messages import (
     Ticketed,
     Tokens,
     Work,
-    WorkerInfo,
 )
 from workers.worker import Worker
 
@@ -58,9 +56,7 @@ class Client:
     def __init__(self, address: str, secret: str = SECRET) -> None:
         host, port = address.split(":")
         self.sock = socket.create_connection((host, int(port)), timeout=10)
-        hello = answer_challenge(secret.encode(), recv_frame(self.sock, from_worker), "router")
-        send_frame(self.sock, hello)
-        self.info: WorkerInfo = check_welcome(secret.encode(), hello, recv_frame(self.sock, from_worker))
+        self.info = greet(self.sock, secret.encode(), "router", from_worker)
 
     def send(self, message: Any) -> None:
         send_frame(self.sock, message)

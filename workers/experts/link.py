@@ -12,9 +12,8 @@ from workers.experts.messages import between_ranks
 from workers.protocol.frames import (
     MAX_GREETING_BYTES,
     ProtocolError,
-    answer_challenge,
-    check_welcome,
     encode,
+    greet,
     judge_hello,
     new_challenge,
     recv_frame,
@@ -60,10 +59,7 @@ def call(address: str, secret: bytes, peer_id: str, timeout_s: float) -> Link:
     sock = socket.create_connection((host, int(port)), timeout_s)
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        challenge = recv_frame(sock, between_ranks, max_bytes=MAX_GREETING_BYTES)
-        hello = answer_challenge(secret, challenge, peer_id)
-        send_frame(sock, hello)
-        check_welcome(secret, hello, recv_frame(sock, between_ranks, max_bytes=MAX_GREETING_BYTES))
+        greet(sock, secret, peer_id, between_ranks)
     except BaseException:
         sock.close()
         raise

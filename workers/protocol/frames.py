@@ -242,3 +242,14 @@ def check_welcome(secret: bytes, hello: Hello, answer: Any) -> WorkerInfo:
     if not hmac.compare_digest(answer.proof, _proof(secret, b"server", hello.nonce)):
         raise ProtocolError("the worker does not hold the cluster's secret")
     return answer.info
+
+
+def greet(sock: socket.socket, secret: bytes, peer_id: str, codec: Codec[Any]) -> WorkerInfo:
+    """The client's whole handshake on a new connection; `codec` decodes what the server says.
+
+    The server does not know the client yet and the client not the server: no frame of either is long. Raises OSError,
+    ProtocolError; the socket is the caller's to close then.
+    """
+    hello = answer_challenge(secret, recv_frame(sock, codec, max_bytes=MAX_GREETING_BYTES), peer_id)
+    send_frame(sock, hello)
+    return check_welcome(secret, hello, recv_frame(sock, codec, max_bytes=MAX_GREETING_BYTES))

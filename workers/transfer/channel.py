@@ -17,8 +17,7 @@ from workers.config import TransferConfig
 from workers.protocol.frames import (
     MAX_GREETING_BYTES,
     ProtocolError,
-    answer_challenge,
-    check_welcome,
+    greet,
     kv_to_sender,
     recv_frame,
     send_frame,
@@ -204,10 +203,7 @@ def _connect(road: RoadKind, endpoint: KvEndpoint, timeout_s: float) -> socket.s
 
 
 def _handshake(sock: socket.socket, address: Address, secret: bytes, peer_id: str) -> None:
-    challenge = recv_frame(sock, kv_to_sender, max_bytes=MAX_GREETING_BYTES)
-    hello = answer_challenge(secret, challenge, peer_id)
-    send_frame(sock, hello)
-    info = check_welcome(secret, hello, recv_frame(sock, kv_to_sender, max_bytes=MAX_GREETING_BYTES))
+    info = greet(sock, secret, peer_id, kv_to_sender)
     if (info.worker_id, info.epoch) != (address.worker_id, address.epoch):
         raise ProtocolError(
             f"{info.worker_id}:{info.epoch} answers where the ticket names {address.worker_id}:{address.epoch}"

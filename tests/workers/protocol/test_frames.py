@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+import threading
+from typing import Any
 
 import msgpack
 import pytest
@@ -14,15 +16,18 @@ from hypothesis import strategies as st
 from tests.workers.transfer.pair import info
 from workers.protocol.frames import (
     MAX_FRAME_BYTES,
+    MAX_GREETING_BYTES,
     ProtocolError,
     answer_challenge,
     check_welcome,
     encode,
     from_worker,
+    greet,
     judge_hello,
     new_challenge,
     read_frame,
     recv_frame,
+    send_frame,
     to_worker,
 )
 from workers.protocol.messages import (
@@ -38,6 +43,7 @@ from workers.protocol.messages import (
     Tokens,
     Welcome,
     Work,
+    WorkerInfo,
 )
 
 SECRET = b"s" * 32
@@ -182,3 +188,39 @@ def test_versions_and_shapes() -> None:
     assert "protocol 99" in judge_hello(SECRET, challenge, Hello(99, "", b"", b""), info("d0", 5)).reason  # type: ignore[union-attr]
     with pytest.raises(ProtocolError, match="refused by the worker: no"):
         check_welcome(SECRET, answer_challenge(SECRET, challenge, "r"), Refused("no"))
+
+
+def greeted(server: bytes) -> tuple[WorkerInfo, str]:
+    """What a client that holds SECRET makes of a server, and who the server takes it for."""
+    ours, theirs = socket.socketpair()
+    said: list[Any] = []
+
+    def serve() -> None:
+        challenge = new_challenge()
+        send_frame(theirs, challenge)
+        said.append(recv_frame(theirs, to_worker))
+        send_frame(theirs, judge_hello(server, challenge, said[0], info("d0", 5)))
+
+    thread = threading.Thread(target=serve)
+    with ours, theirs:
+        ours.settimeout(10)
+        thread.start()
+        try:
+            found = greet(ours, SECRET, "r7", from_worker)
+        finally:
+            thread.join(10)
+    return found, said[0].peer_id
+
+
+def test_a_client_greets_in_one_call() -> None:
+    assert greeted(SECRET) == (info("d0", 5), "r7")
+    with pytest.raises(ProtocolError, match="refused by the worker: wrong cluster secret"):
+        greeted(b"x" * 32)
+
+
+def test_a_server_that_is_not_known_yet_sends_no_long_frame() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(struct.pack("<I", MAX_GREETING_BYTES + 1))
+        with pytest.raises(ProtocolError, match="at most"):
+            greet(ours, SECRET, "r", from_worker)

@@ -27,9 +27,8 @@ from tests.workers.transfer.pair import (
 from workers.protocol.frames import (
     MAX_FRAME_BYTES,
     ProtocolError,
-    answer_challenge,
-    check_welcome,
     encode,
+    greet,
     kv_to_sender,
     recv_frame,
     send_frame,
@@ -279,9 +278,7 @@ def test_no_common_road_is_said(pair: Pair) -> None:
 def dial(d: DecodeSide, secret: bytes = SECRET) -> socket.socket:
     host, port = d.receiver.endpoints[0].address.split(":")
     sock = socket.create_connection((host, int(port)), timeout=5)
-    hello = answer_challenge(secret, recv_frame(sock, kv_to_sender), "p9")
-    send_frame(sock, hello)
-    check_welcome(secret, hello, recv_frame(sock, kv_to_sender))
+    greet(sock, secret, "p9", kv_to_sender)
     send_frame(sock, KvOpen(road="tcp", layout=LAYOUT))
     assert recv_frame(sock, kv_to_sender).ok
     return sock

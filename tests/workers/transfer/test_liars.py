@@ -30,9 +30,8 @@ from tests.workers.transfer.pair import (
 from workers.protocol import frames
 from workers.protocol.frames import (
     ProtocolError,
-    answer_challenge,
-    check_welcome,
     encode,
+    greet,
     kv_to_receiver,
     kv_to_sender,
     recv_frame,
@@ -77,9 +76,7 @@ class Liar:
         else:
             host, port = endpoint.address.split(":")
             self.sock = socket.create_connection((host, int(port)), timeout=5)
-        hello = answer_challenge(SECRET, recv_frame(self.sock, kv_to_sender), "p9")
-        send_frame(self.sock, hello)
-        check_welcome(SECRET, hello, recv_frame(self.sock, kv_to_sender))
+        greet(self.sock, SECRET, "p9", kv_to_sender)
         self.ready: Any = None
         if opened is not None:
             send_frame_with_fds(self.sock, opened, fds)
