@@ -25,6 +25,7 @@ PURE = (
     "workers/engine/block_pool.py",
     "workers/engine/pace.py",
     "workers/engine/fill.py",
+    "workers/engine/pending.py",
     "workers/prefix_loader.py",
     "workers/tiers/block_file.py",
     "workers/tiers/chain_lru.py",

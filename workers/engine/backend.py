@@ -10,6 +10,7 @@ import torch
 
 from workers.config import EngineConfig
 from workers.device_memory import DevicePages
+from workers.engine.pending import Pending
 from workers.engine.plan import Sampled
 from workers.engine.runner import TorchRunner
 from workers.engine.step_input import StepInput
@@ -33,7 +34,7 @@ LayersDone = Callable[[], int]  # layers whose keys and values of a step are in 
 
 
 class Runner(Protocol):
-    """A model with its KV cache. One step at a time."""
+    """A model with its KV cache. Steps run one after another, in the order of submission, called from one thread."""
 
     @property
     def device(self) -> torch.device: ...
@@ -54,11 +55,21 @@ class Runner(Protocol):
     def shared(self) -> SharedPages | DevicePages | None:
         """The pages of the KV cache, when other processes can map or open them."""
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether a step may be submitted before the one submitted last was waited for: two at most run at a time."""
+
     def watch_next(self) -> LayersDone | None:
         """Of the step that is run next, to be asked from any thread. None: nobody can tell before its end."""
 
+    def submit(self, step: StepInput) -> Pending:
+        """Begin a step; all that hangs on the requests' tokens is read before it returns.
+
+        With experts on other ranks it, or `wait`, raises GroupBroken.
+        """
+
     def run(self, step: StepInput) -> list[Sampled]:
-        """One entry for each of `step.samples`. With experts on other ranks it raises GroupBroken."""
+        """`submit(step).wait()`, with no other step running."""
 
 
 class Backend(Protocol):

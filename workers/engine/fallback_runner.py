@@ -9,6 +9,7 @@ import torch
 from workers.config import EngineConfig
 from workers.engine.backend import choose_dtype
 from workers.engine.fallback_check import check_chunks
+from workers.engine.pending import Ready
 from workers.engine.plan import Sampled
 from workers.engine.runner import StepTensors, shared_pages
 from workers.engine.sampler import Sampler
@@ -78,6 +79,7 @@ def _not_heeded(config: EngineConfig, experts: ExpertPlane | None) -> str | None
 
 class FallbackRunner:
     kernels = "transformers"
+    overlaps = False
 
     def __init__(
         self,
@@ -96,6 +98,9 @@ class FallbackRunner:
 
     def watch_next(self) -> None:
         return None
+
+    def submit(self, step: StepInput) -> Ready:
+        return Ready(self.run(step))
 
     @torch.inference_mode()
     def run(self, step: StepInput) -> list[Sampled]:

@@ -18,6 +18,7 @@ from kernels.cpu.structures import Format, KvCache, KvType
 from workers.config import EngineConfig
 from workers.engine.backend import kv_layout
 from workers.engine.native_sampler import NativeSampler
+from workers.engine.pending import Ready
 from workers.engine.plan import Sampled
 from workers.engine.step_input import StepInput
 from workers.experts.exchange import Shape
@@ -121,6 +122,7 @@ def _check_cores(cpus: list[int] | None) -> None:
 
 class NativeRunner:
     device = torch.device("cpu")
+    overlaps = False
 
     def __init__(
         self,
@@ -161,6 +163,9 @@ class NativeRunner:
     def watch_next(self) -> Callable[[], int]:
         number = self.decoder.steps_begun + 1
         return partial(self.decoder.progress.layers_done, number)
+
+    def submit(self, step: StepInput) -> Ready:
+        return Ready(self.run(step))
 
     def run(self, step: StepInput) -> list[Sampled]:
         """One entry for each of `step.samples`."""

@@ -10,6 +10,7 @@ import torch
 from kernels.cpu.decoder import StepArrays
 from kernels.reference import AttentionBatch
 from workers.device_memory import DevicePages, exportable_pages
+from workers.engine.pending import Ready
 from workers.engine.plan import Sampled
 from workers.engine.sampler import Sampler
 from workers.engine.step_input import StepInput
@@ -20,6 +21,7 @@ from workers.shared_memory import SharedPages
 
 class TorchRunner:
     kernels = "torch"
+    overlaps = False
 
     def __init__(
         self, model: Decoder, sampler: Sampler, layout: KvLayout, num_blocks: int, share_kv: bool = False
@@ -35,6 +37,9 @@ class TorchRunner:
 
     def watch_next(self) -> None:
         return None
+
+    def submit(self, step: StepInput) -> Ready:
+        return Ready(self.run(step))
 
     @torch.inference_mode()
     def run(self, step: StepInput) -> list[Sampled]:

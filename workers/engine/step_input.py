@@ -19,6 +19,9 @@ class StepInput:
 
     arrays: StepArrays
     samples: list[SampleInput]  # [R] beside arrays.rows
+    # (index into arrays.token_ids, index into the samples of the step submitted before this one): tokens that the host
+    # does not know yet, whatever the array says. A runner takes them from that step, a void one (a NaN) as token 0.
+    carried: Sequence[tuple[int, int]] = ()
 
     @staticmethod
     def of(plan: Plan, block_size: int) -> StepInput:
