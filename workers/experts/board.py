@@ -12,7 +12,6 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.experts.counts import Counted
 from workers.experts.group import GroupStatus
 from workers.experts.plane import ExpertPlane
 from workers.protocol import redis_keys
@@ -42,7 +41,7 @@ class RankBoard:
         self._seq = 0
         self._log_length = _LOG_LENGTH * plane.place.size
         self._counted_at = time.monotonic()
-        self._pending: Counted | None = None
+        self._unsent: ExpertCounts | None = None  # as Redis may have got it and not said so
         self._seen = 0  # the version of the post that was read last
         self._away = False
         self._closing = threading.Event()
@@ -80,11 +79,12 @@ class RankBoard:
         group, status = self._plane.place.group, self._plane.group.status
         key = redis_keys.expert_ranks(self._cluster)
         self._redis("HSET", key, self._plane.place.worker_id, msgspec.msgpack.encode(self._report(status)))
-        if (counts := self._counts(status)) is not None:
+        self._unsent = self._unsent or self._counts(status)
+        if self._unsent is not None:
             key = redis_keys.expert_counts(self._cluster, group)
-            packed = msgspec.msgpack.encode(counts)
+            packed = msgspec.msgpack.encode(self._unsent)
             self._redis("XADD", key, "MAXLEN", "~", self._log_length, "*", "c", packed)
-            self._pending = None
+            self._unsent = None  # until here it is sent again as it is: routers take a number once
         posted = int(self._redis("GET", redis_keys.expert_version(self._cluster, group)) or 0)
         if posted > self._seen:
             raw = self._redis("GET", redis_keys.expert_post(self._cluster, group))
@@ -126,11 +126,9 @@ class RankBoard:
         )
 
     def _counts(self, status: GroupStatus) -> ExpertCounts | None:
-        """What could not be sent before included. None: nothing was counted."""
-        taken = self._plane.take_counts()
-        self._pending = taken if self._pending is None else self._pending.plus(taken)
-        now = time.monotonic()
-        if not self._pending.routed.any() and not self._pending.computed.any():
+        """Since the last message. None: nothing was counted."""
+        taken, now = self._plane.take_counts(), time.monotonic()
+        if not taken.routed.any() and not taken.computed.any():
             return None
         place = self._plane.place
         self._seq += 1
@@ -143,10 +141,10 @@ class RankBoard:
             seq=self._seq,
             seconds=seconds,
             version=status.version,
-            steps=self._pending.steps,
-            routed=_packed(self._pending.routed),
-            computed=_packed(self._pending.computed),
-            expert_s=self._pending.expert_s,
+            steps=taken.steps,
+            routed=_packed(taken.routed),
+            computed=_packed(taken.computed),
+            expert_s=taken.expert_s,
         )
 
     def _redis(self, command: str, key: str, *arguments: Any) -> Any:

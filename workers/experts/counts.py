@@ -18,14 +18,6 @@ class Counted:
     steps: int  # with own tokens
     expert_s: float  # spent on experts
 
-    def plus(self, other: Counted) -> Counted:
-        return Counted(
-            self.routed + other.routed,
-            self.computed + other.computed,
-            self.steps + other.steps,
-            self.expert_s + other.expert_s,
-        )
-
 
 class Counts:
     """Written by the engine's thread, taken by another."""
