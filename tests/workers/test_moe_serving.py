@@ -11,14 +11,13 @@ import torch
 
 from tests.e2e.oracle import Oracle
 from tests.workers.experts.engines import Group
-from tests.workers.test_worker import SECRET, Client, at_rest, remote, until, work
-from workers.config import EngineConfig, TransferConfig, WorkerConfig
+from tests.workers.worker_pair import worker_pair
+from workers.config import EngineConfig
 from workers.engine.engine import Engine
 from workers.models.catalog import prepare_model
 from workers.models.checkpoint import read_json
 from workers.models.random_model import write_random_model
-from workers.protocol.messages import Prefill, PrefillDone, Sampling, Ticketed
-from workers.worker import Worker
+from workers.protocol.messages import Sampling
 
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss"]
 ON_TORCH = ("deepseek_v2", "deepseek_v3", "gpt_oss")  # no native kernels
@@ -81,39 +80,11 @@ def test_the_engine_says_what_transformers_says(model: Path, oracle: Oracle, ker
 
 @pytest.mark.parametrize("road", ["shm", "tcp"])
 def test_between_a_prefill_and_a_decode_worker(model: Path, oracle: Oracle, road: str) -> None:
-    workers = [
-        Worker(
-            WorkerConfig(
-                worker_id=role,
-                epoch=1,
-                role=role,  # type: ignore[arg-type]
-                model_path=model,
-                served_name="tiny",
-                cluster="c",
-                secret=SECRET,
-                heartbeat_s=0.1,
-                transfer=TransferConfig(channels=[road]),  # type: ignore[list-item]
-                engine=settings(max_num_batched_tokens=40),
-            )
-        )
-        for role in ("decode", "prefill")
-    ]
-    for worker in workers:
-        worker.start()
-    try:
-        d, p = workers
-        to_d, to_p = Client(d.info.address), Client(p.info.address)
-        w = work(list(range(3, 100)), max_tokens=12)
-        to_d.send(remote(w))
-        ticket = to_d.next(Ticketed).ticket
-        to_p.send(Prefill(w, ticket))
-        done = to_p.next(PrefillDone)
-        assert (done.channel, done.transfer_bytes) == (road, 7 * d.info.layout.block_bytes)
-        assert oracle.fault(w.prompt, to_d.tokens(w.request_id)) is None
-        until(lambda: at_rest(d) and at_rest(p))
-    finally:
-        for worker in workers:
-            worker.stop()
+    prompt = list(range(3, 100))
+    with worker_pair(model, settings(max_num_batched_tokens=40), road) as pair:
+        tokens, done = pair.generate(prompt, max_tokens=12)
+        assert (done.channel, done.transfer_bytes) == (road, 7 * pair.decode.info.layout.block_bytes)
+    assert oracle.fault(prompt, tokens) is None
 
 
 @pytest.mark.parametrize(("size", "kernels"), [(2, "auto"), (4, "torch")])

@@ -14,16 +14,15 @@ import torch
 
 from tests.e2e.oracle import Oracle
 from tests.workers.models.tiny_fallback import FAMILIES, MORE_FAMILIES, write_fallback_model
-from tests.workers.test_worker import SECRET, Client, at_rest, remote, until, work
-from workers.config import EngineConfig, TransferConfig, WorkerConfig
+from tests.workers.worker_pair import worker_pair
+from workers.config import EngineConfig
 from workers.engine.engine import Engine
 from workers.models.catalog import prepare_model
 from workers.models.errors import ModelError
 from workers.models.fallback_attention import Step
 from workers.models.fallback_spec import FallbackSpec, read_spec
 from workers.models.random_model import write_random_model
-from workers.protocol.messages import Prefill, PrefillDone, Sampling, Ticketed
-from workers.worker import Worker
+from workers.protocol.messages import Sampling
 
 GREEDY = Sampling(max_tokens=12, seed=1, temperature=0.0, ignore_eos=True, logprobs=3)
 START = list(range(3, 40))
@@ -129,38 +128,12 @@ def test_half_precision_stays_close(gemma2: Path) -> None:
 
 
 def test_between_a_prefill_and_a_decode_worker(gemma2: Path) -> None:
-    workers = [
-        Worker(
-            WorkerConfig(
-                worker_id=role,
-                epoch=1,
-                role=role,  # type: ignore[arg-type]
-                model_path=gemma2,
-                served_name="tiny",
-                cluster="c",
-                secret=SECRET,
-                heartbeat_s=0.1,
-                transfer=TransferConfig(channels=["shm"]),
-                engine=settings(block_size=16, max_num_batched_tokens=40),
-            )
-        )
-        for role in ("decode", "prefill")
-    ]
-    for worker in workers:
-        worker.start()
-    try:
-        d, p = workers
-        to_d, to_p = Client(d.info.address), Client(p.info.address)
-        w = work(list(range(3, 100)), max_tokens=12)
-        to_d.send(remote(w))
-        to_p.send(Prefill(w, to_d.next(Ticketed).ticket))
-        assert to_p.next(PrefillDone).transfer_bytes == 7 * d.info.layout.block_bytes
-        assert Oracle(gemma2).fault(w.prompt, to_d.tokens(w.request_id)) is None
-        assert d.info.device == "cpu (transformers)"
-        until(lambda: at_rest(d) and at_rest(p))
-    finally:
-        for worker in workers:
-            worker.stop()
+    prompt = list(range(3, 100))
+    with worker_pair(gemma2, settings(block_size=16, max_num_batched_tokens=40), "shm") as pair:
+        tokens, done = pair.generate(prompt, max_tokens=12)
+        assert done.transfer_bytes == 7 * pair.decode.info.layout.block_bytes
+        assert pair.decode.info.device == "cpu (transformers)"
+    assert Oracle(gemma2).fault(prompt, tokens) is None
 
 
 @pytest.mark.parametrize(

@@ -119,19 +119,24 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workers.models.native.default_cache_dir", lambda: tmp_path / "cache")
 
 
+@torch.no_grad()
+def check_equals_transformers(path: Path, decoded: Decoded) -> None:
+    """Of every token of two sequences, in mixed steps."""
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    first, second = two_sequences()
+    run_mixed(decoded, first, second)
+    for sequence in (first, second):
+        expected = theirs(torch.from_numpy(sequence.token_ids)[None]).logits[0]
+        got = torch.from_numpy(np.concatenate(sequence.logits))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(got.argmax(-1), expected.argmax(-1))
+
+
 @pytest.mark.parametrize("config", NATIVE_MODELS.values(), ids=NATIVE_MODELS)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_equals_transformers(tmp_path: Path, config: dict[str, Any], threads: int) -> None:
     path = write_random_model(tmp_path / "model", config, seed=5)
-    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    first, second = two_sequences()
-    run_mixed(Decoded(path, threads=threads), first, second)
-    for sequence in (first, second):
-        with torch.no_grad():
-            expected = theirs(torch.from_numpy(sequence.token_ids)[None]).logits[0]
-        got = torch.from_numpy(np.concatenate(sequence.logits))
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-        assert torch.equal(got.argmax(-1), expected.argmax(-1))
+    check_equals_transformers(path, Decoded(path, threads=threads))
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "amx"])

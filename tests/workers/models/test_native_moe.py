@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from kernels.cpu.decoder import CpuDecoder, StepArrays
 from kernels.cpu.expert_exchange import Addresses, Received, Routed, row_addresses
@@ -16,7 +15,7 @@ from kernels.cpu.library import load
 from tests.workers.models.test_decoder import BLOCK_SIZE, CPU, step
 from tests.workers.models.test_decoder import Sequence as TorchSequence
 from tests.workers.models.test_moe_decoder import MODELS
-from tests.workers.models.test_native import Decoded, run_mixed, two_sequences
+from tests.workers.models.test_native import Decoded, check_equals_transformers, run_mixed, two_sequences
 from workers.models.checkpoint import read_json
 from workers.models.decoder import Decoder
 from workers.models.packed_file import open_packed
@@ -48,15 +47,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("config", NATIVE.values(), ids=NATIVE)
 def test_equals_transformers(tmp_path: Path, config: dict[str, Any]) -> None:
     path = write_random_model(tmp_path / "model", config, seed=5)
-    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    first, second = two_sequences()
-    run_mixed(Decoded(path, threads=2), first, second)
-    for sequence in (first, second):
-        with torch.no_grad():
-            expected = theirs(torch.from_numpy(sequence.token_ids)[None]).logits[0]
-        got = torch.from_numpy(np.concatenate(sequence.logits))
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-        assert torch.equal(got.argmax(-1), expected.argmax(-1))
+    check_equals_transformers(path, Decoded(path, threads=2))
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "olmoe"])
