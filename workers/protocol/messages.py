@@ -70,7 +70,8 @@ class Work(Struct, frozen=True, omit_defaults=True):
 class KvLayout(Struct, frozen=True):
     """The canonical block on the wire: [layer, k|v, kv_head, token, head_dim] of one block, C order.
 
-    In int8 the tokens of each (layer, k|v, kv_head) are followed by their scales, float32 [block_size].
+    In int8 and fp8 the tokens of each (layer, k|v, kv_head) are followed by their scales, float32 [block_size]
+    (kernels/relayout.py): a tile, which nobody cuts.
 
     Latent attention has one plane in place of k and v, and one head. To whoever copies blocks that is k and v of half
     as many tokens, in the same bytes.
@@ -80,9 +81,14 @@ class KvLayout(Struct, frozen=True):
     num_kv_heads: int
     head_dim: int
     block_size: int  # tokens
-    dtype: str  # "float32", "bfloat16", "float16", "int8"
+    dtype: str  # "float32", "bfloat16", "float16", "int8", "fp8"
     model_fingerprint: str  # hex
     planes: int = 2  # keys and values; 1: latents that are both
+
+    @property
+    def quantized(self) -> bool:
+        """Tiles of values and their scales. They are not compressed on the wire."""
+        return self.dtype in ("int8", "fp8")
 
     @property
     def tile_tokens(self) -> int:
@@ -96,7 +102,7 @@ class KvLayout(Struct, frozen=True):
     @property
     def tile_bytes(self) -> int:
         """Of one (layer, k|v, kv_head)."""
-        if self.dtype == "int8":
+        if self.quantized:
             return self.tile_tokens * (self.head_dim + 4)
         return self.tile_tokens * self.head_dim * (4 if self.dtype == "float32" else 2)
 

@@ -165,9 +165,13 @@ class DeviceBlocks:
     shared = None
 
     def __init__(self, kv_cache: torch.Tensor, layout: KvLayout, exported: DevicePages | None = None) -> None:
-        """[num_blocks, num_layers, planes, heads of this rank, block_size, head_dim]; `exported`: the memory it lies in,
-        when other processes can open it."""
-        if layout.planes == 1:
+        """[num_blocks, num_layers, planes, heads of this rank, block_size, head_dim], or a quantized one's tiles
+        (kernels/paged_kv.py); `exported`: the memory it lies in, when other processes can open it."""
+        if layout.quantized:
+            # A tile is moved whole, as one row of words: scales lie behind the values, so that their size divides it.
+            words = kv_cache.view(torch.int32)
+            kv_cache = words.view(*kv_cache.shape[:2], 2, -1, 1, layout.tile_bytes // words.itemsize)
+        elif layout.planes == 1:
             kv_cache = kv_cache.view(*kv_cache.shape[:2], 2, 1, layout.tile_tokens, kv_cache.shape[-1])
         self._kv_cache = kv_cache
         self._layout = layout
@@ -309,8 +313,8 @@ class DeviceBlocks:
 def canonical_view(
     layout: KvLayout, address: int, num_blocks: int, num_heads: int, num_layers: int | None = None
 ) -> CacheView:
-    """Blocks one after another in canonical order. An int8 tile, values and scales, counts as one row."""
-    tokens = 1 if layout.dtype == "int8" else layout.tile_tokens
+    """Blocks one after another in canonical order. A quantized tile, values and scales, counts as one row."""
+    tokens = 1 if layout.quantized else layout.tile_tokens
     return CacheView.canonical(
         address, num_blocks, num_layers or layout.num_layers, num_heads, tokens, layout.tile_bytes // tokens
     )

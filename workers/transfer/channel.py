@@ -137,7 +137,7 @@ def open_channel(
     endpoints = [endpoint for endpoint in address.endpoints if endpoint.rank == part.destination]
     ways, passed_over = choices(allowed, memory, endpoints, address.worker_id)
     end = End(memory, layout, part.heads, part.source_heads(ranks, layout.num_kv_heads), config)
-    compression = "none" if layout.dtype == "int8" else config.compression
+    compression = "none" if layout.quantized else config.compression
     for road, endpoint in ways:
         try:
             return _open(road, endpoint, address, part, ranks, end, compression, secret, peer_id), passed_over

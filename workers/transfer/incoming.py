@@ -123,8 +123,8 @@ class Incoming:
         if opened.road != target.road.name:
             raise ProtocolError(f"{opened.road} asked for at the door of {target.road.name}")
         reason = mismatch(target.layout, opened.layout, self._peer_id)
-        if reason is None and opened.compression != "none" and target.layout.dtype == "int8":
-            reason = f"blocks of int8 are not compressed to {opened.compression}"
+        if reason is None and opened.compression != "none" and target.layout.quantized:
+            reason = f"blocks of {target.layout.dtype} are not compressed to {opened.compression}"
         if reason is None:
             try:
                 for part in parts(opened.ranks, target.ranks, target.layout.num_kv_heads):

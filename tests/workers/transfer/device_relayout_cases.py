@@ -29,3 +29,16 @@ def test_triton_and_torch_write_the_same_bytes_and_read_each_others(
     assert torch.equal(*restored)
     if compression == "none":
         assert torch.equal(restored[0][[1, 4, 3], 1:3, :, 1:4], whole[[5, 0, 2], 1:3, :, 1:4])
+
+
+@pytest.mark.parametrize("tile_bytes", [4 * 12, 16 * 132, 8 * 580])
+def test_triton_moves_quantized_tiles_as_words(tile_bytes: int) -> None:
+    torch.manual_seed(0)
+    whole = torch.randint(-(2**31), 2**31 - 1, (6, 2, 2, 3, 1, tile_bytes // 4), dtype=torch.int32)
+    cache, ids = part(whole, None, range(1, 3)), torch.tensor([5, 0, 2])
+    wire = torch.zeros(3 * 2 * 2 * 2 * tile_bytes, dtype=torch.uint8)
+    relayout, back = _Triton(), torch.zeros_like(whole)
+    relayout.gather(wire, cache, ids, "none")
+    assert wire.numpy().tobytes() == cache[ids].contiguous().numpy().tobytes()
+    relayout.scatter(part(back, None, range(1, 3)), torch.tensor([1, 4, 3]), wire, "none")
+    assert torch.equal(back[[1, 4, 3], :, :, 1:3], whole[[5, 0, 2], :, :, 1:3])

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tests.workers.transfer.pair import LAYOUT, PatternEngine
+from tests.workers.transfer.pair import PatternEngine
 from workers.cuda import Cuda
 from workers.device_memory import DevicePages
 from workers.transfer.block_memory import DeviceBlocks
@@ -20,11 +19,11 @@ class DeviceValues:
     def __init__(self, cache: torch.Tensor) -> None:
         self._cache = cache
 
-    def __getitem__(self, block: int) -> NDArray[np.float32]:
-        found: NDArray[np.float32] = self._cache[block].cpu().numpy()
+    def __getitem__(self, block: int) -> NDArray[Any]:
+        found: NDArray[Any] = self._cache[block].cpu().numpy()
         return found
 
-    def __setitem__(self, block: int, content: NDArray[np.float32]) -> None:
+    def __setitem__(self, block: int, content: NDArray[Any]) -> None:
         self._cache[block] = torch.tensor(content, device=self._cache.device)
 
     def any(self) -> bool:
@@ -33,11 +32,12 @@ class DeviceValues:
 
 def on_gpu(engine: PatternEngine, cuda: Cuda, device: str = "cpu", exported: bool = True) -> list[Any]:
     """The memories of the engine's ranks, whose caches are moved to the device."""
-    memories = []
+    memories, layout = [], engine.layout
     for rank in engine.ranks:
         shape = rank.values.shape
         pages = DevicePages(rank.values.nbytes, torch.device(device), cuda)
-        cache = pages.tensor.view(torch.float32).view(shape)
-        rank.values = DeviceValues(cache)  # type: ignore[assignment]
-        memories.append(DeviceBlocks(cache, LAYOUT, pages if exported else None))
+        cache = pages.tensor.view(torch.uint8 if layout.quantized else torch.float32).view(shape)
+        rank.values = DeviceValues(cache)
+        held = cache.squeeze(4) if layout.quantized else cache
+        memories.append(DeviceBlocks(held, layout, pages if exported else None))
     return memories

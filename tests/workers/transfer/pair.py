@@ -49,9 +49,16 @@ _AXES = "blkhtd"  # block, layer, k|v, head, token, row: the canonical order
 OWN_LAYOUTS = ["blkhtd", "lbkhtd", "hblktd", "klbthd", "tblkhd+"]
 
 
-def pattern(token_ids: Sequence[int]) -> NDArray[np.float32]:
-    """What the block that ends with these tokens holds: [layer, k|v, head, token, head_dim]. Small whole numbers."""
-    values = hashlib.shake_256(repr(list(token_ids)).encode()).digest(LAYOUT.block_bytes // 4)
+def pattern(token_ids: Sequence[int], layout: KvLayout = LAYOUT) -> NDArray[Any]:
+    """What the block that ends with these tokens holds: [layer, k|v, head, token, head_dim]. Small whole numbers.
+
+    Of a quantized cache any bytes: [layer, k|v, head, 1, tile].
+    """
+    name = repr(list(token_ids)).encode()
+    if layout.quantized:
+        tiles = np.frombuffer(hashlib.shake_256(name).digest(layout.block_bytes), np.uint8)
+        return tiles.reshape(layout.num_layers, 2, layout.num_kv_heads, 1, layout.tile_bytes)
+    values = hashlib.shake_256(name).digest(LAYOUT.block_bytes // 4)
     shape = (LAYOUT.num_layers, 2, LAYOUT.num_kv_heads, BLOCK, LAYOUT.head_dim)
     return np.frombuffer(values, np.int8).astype(np.float32).reshape(shape)
 
@@ -88,12 +95,27 @@ class RankCache:
         return HostBlocks(self.pages.array, LAYOUT, num_heads=len(self.heads), view=view, shared=self.pages)
 
 
+class RankTiles:
+    """The quantized KV cache of one rank, as engines have it: tiles in canonical order."""
+
+    def __init__(self, num_blocks: int, heads: range, layout: KvLayout) -> None:
+        shape = (num_blocks, layout.num_layers, 2, len(heads), 1, layout.tile_bytes)
+        self.heads, self._layout = heads, layout
+        self.pages = SharedPages(int(np.prod(shape)))
+        self.values: NDArray[np.uint8] = self.pages.array.reshape(shape)
+
+    def memory(self, staged: bool) -> BlockMemory:
+        if staged:
+            return DeviceBlocks(torch.from_numpy(self.values).squeeze(4), self._layout)
+        return HostBlocks(self.pages.array, self._layout, num_heads=len(self.heads), shared=self.pages)
+
+
 class PatternEngine:
     """As much of an engine as the hand-over needs."""
 
-    def __init__(self, num_blocks: int, ranks: int = 1, own: str = _AXES) -> None:
+    def __init__(self, num_blocks: int, ranks: int = 1, own: str = _AXES, layout: KvLayout = LAYOUT) -> None:
         self.lock = threading.RLock()
-        self.layout = LAYOUT
+        self.layout = layout
         self.vocab_size = VOCABULARY
         self.pool = BlockPool(num_blocks)
         self.scheduler = Scheduler(
@@ -103,8 +125,10 @@ class PatternEngine:
             max_num_seqs=64,
             max_num_batched_tokens=64,
         )
-        self.ranks = [
-            RankCache(num_blocks, heads_of(rank, ranks, LAYOUT.num_kv_heads), own) for rank in range(ranks)
+        shares = [heads_of(rank, ranks, layout.num_kv_heads) for rank in range(ranks)]
+        self.ranks: list[Any] = [
+            RankTiles(num_blocks, heads, layout) if layout.quantized else RankCache(num_blocks, heads, own)
+            for heads in shares
         ]
 
     def write(self, request: Request, upto: int, layer: int) -> None:
@@ -115,7 +139,7 @@ class PatternEngine:
 
     def write_block(self, block: int, token_ids: Sequence[int], layer: int | None = None) -> None:
         layers = slice(None) if layer is None else slice(layer, layer + 1)
-        content = pattern(token_ids)[layers]
+        content = pattern(token_ids, self.layout)[layers]
         for rank in self.ranks:
             rank.values[block, layers] = content[:, :, rank.heads.start : rank.heads.stop]
 
@@ -129,7 +153,7 @@ class PatternEngine:
         )
 
     def block_holds(self, block: int, token_ids: Sequence[int], compression: str = "none") -> bool:
-        content = pattern(token_ids)
+        content = pattern(token_ids, self.layout)
         return all(
             close(rank.values[block], content[:, :, rank.heads.start : rank.heads.stop], compression)
             for rank in self.ranks
@@ -143,7 +167,7 @@ class PatternEngine:
         return [rank.memory(staged) for rank in self.ranks]
 
 
-def close(found: NDArray[np.float32], exact: NDArray[np.float32], compression: str) -> bool:
+def close(found: NDArray[Any], exact: NDArray[Any], compression: str) -> bool:
     """Within what the wire's form loses of a row: half a step of int8, or half a bit of the three of fp8."""
     amax = np.abs(exact).max(-1, keepdims=True)
     if compression == "none":
