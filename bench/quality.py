@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.reference import AttentionBatch
+from kernels.attention_step import AttentionStep
 from workers.models.catalog import PreparedModel, prepare_model
 from workers.models.checkpoint import read_json
 from workers.models.decoder import Decoder
@@ -69,8 +69,8 @@ class TorchLogits:
         length = len(token_ids)
         positions = torch.arange(length)
         blocks = torch.arange(-(-length // BLOCK_SIZE))[None]
-        batch = AttentionBatch([0, length], [length], blocks, positions)
-        hidden = self._decoder.forward(torch.tensor(list(token_ids)), positions, self._cache, batch)
+        step = AttentionStep.of([0, length], [length], blocks, positions)
+        hidden = self._decoder.forward(torch.tensor(list(token_ids)), positions, self._cache, step)
         return self._decoder.logits(hidden)
 
 

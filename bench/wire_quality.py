@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.quality import BLOCK_SIZE, text_windows
+from kernels.attention_step import AttentionStep
 from kernels.cache_view import CacheView
 from kernels.cpu.relayout import Dtype, Wire, compress_blocks, restore_blocks, wire_block_bytes
-from kernels.reference import AttentionBatch
 from workers.models.catalog import PreparedModel, prepare_model
 from workers.models.checkpoint import read_json
 from workers.models.decoder import Decoder
@@ -65,8 +65,8 @@ class Halves:
         """Compute tokens from `start` on, upon what the cache holds before: their hidden states."""
         end = len(token_ids)
         positions = torch.arange(start, end)
-        batch = AttentionBatch([0, end - start], [end], self._blocks, positions)
-        return self._decoder.forward(torch.tensor(list(token_ids[start:])), positions, self.cache, batch)
+        step = AttentionStep.of([0, end - start], [end], self._blocks, positions)
+        return self._decoder.forward(torch.tensor(list(token_ids[start:])), positions, self.cache, step)
 
     def log_probabilities(self, hidden: Tensor) -> Tensor:
         return self._decoder.logits(hidden).float().log_softmax(-1)

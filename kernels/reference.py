@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.reference_attention import AttentionBatch, AttentionPlan, Scratch, paged_attention
+from kernels.attention_step import AttentionStep
+from kernels.reference_attention import AttentionPlan, Scratch, paged_attention
 
 __all__ = [
-    "AttentionBatch",
     "AttentionPlan",
+    "AttentionStep",
     "Scratch",
     "apply_rope",
     "gather_blocks",

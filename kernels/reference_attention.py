@@ -18,23 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.attention_step import AttentionStep
+
 QUERY_TILE = (
     128  # query tokens of a prefill tile: enough rows for the matmul, few enough to skip most hidden keys
 )
 SPLIT_GAIN_BLOCKS = 48  # padded blocks that a further decode group must save to be worth its launches
-
-
-@dataclass(frozen=True)
-class AttentionBatch:
-    """The sequences of one step, flattened into T query tokens.
-
-    Queries of sequence s are rows query_start[s]:query_start[s + 1]; the last of them is at position seq_lens[s] - 1.
-    """
-
-    query_start: list[int]  # S + 1 values, 0 first, T last
-    seq_lens: list[int]  # tokens of context, this step's included
-    block_tables: Tensor  # int64 [S, W], padded with 0
-    slots: Tensor  # int64 [T]: where this step's keys and values go
 
 
 class Scratch:
@@ -55,38 +44,46 @@ class Scratch:
 
 
 class AttentionPlan:
-    """One step's attention, prepared for all layers."""
+    """One step's attention, prepared for all layers. It reads the step's numbers on the host."""
 
-    def __init__(self, batch: AttentionBatch, kv_cache: Tensor, scratch: Scratch | None = None) -> None:
+    def __init__(self, step: AttentionStep, kv_cache: Tensor, scratch: Scratch | None = None) -> None:
         """`kv_cache` must be contiguous and stay in place while the plan is used.
 
         [num_blocks, num_layers, planes, num_kv_heads, block_size, head_dim]: planes of keys and of values, or one plane
         whose rows are both.
         """
-        _, self._num_layers, self._planes, self._num_kv_heads, self._block_size, self._head_dim = (
+        _, self._num_layers, self._planes, self.num_kv_heads, self._block_size, self._head_dim = (
             kv_cache.shape
         )
-        self._batch = batch
+        self._query_start, self._lengths = step.query_start.tolist(), step.lengths.tolist()
+        self._tables = step.block_tables.long()
         self._token_rows = kv_cache.view(-1, self._head_dim)
         self._block_rows = kv_cache.view(-1, self._block_size * self._head_dim)
         self._scratch = scratch or Scratch()
         self._parts: dict[int | None, list[_DecodeGroup | _Chunk]] = {}  # by window
         # Row of (slot, k|v, head) in layer 0's view; a layer's view starts further down by a constant.
-        block, offset = batch.slots // self._block_size, batch.slots % self._block_size
+        slots, self._written = step.slots, None
+        if bool((slots < 0).any()):
+            self._written = (slots >= 0).nonzero().flatten()
+            slots = slots[self._written]
+        block, offset = slots // self._block_size, slots % self._block_size
         head_rows = self._first_rows(block)[:, :, None] * self._block_size  # [planes, T, 1]
-        heads = torch.arange(self._num_kv_heads, device=block.device) * self._block_size
+        heads = torch.arange(self.num_kv_heads, device=block.device) * self._block_size
         self._write_rows = (head_rows + heads + offset[:, None]).view(-1)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Store this step's k, v [T, num_kv_heads, D] of one layer at the batch's slots."""
-        self._write(layer, torch.stack((k, v)))
+        """Store this step's k, v [T, num_kv_heads, D] of one layer at the step's slots."""
+        self._write(layer, torch.stack((self._kept(k), self._kept(v))))
 
     def write_latents(self, layer: int, rows: Tensor) -> None:
-        """Store this step's rows [T, D] of one layer, keys and values in one, at the batch's slots."""
-        self._write(layer, rows)
+        """Store this step's rows [T, D] of one layer, keys and values in one, at the step's slots."""
+        self._write(layer, self._kept(rows))
+
+    def _kept(self, rows: Tensor) -> Tensor:
+        return rows if self._written is None else rows.index_select(0, self._written)
 
     def _write(self, layer: int, values: Tensor) -> None:
-        rows = self._token_rows[layer * self._planes * self._num_kv_heads * self._block_size :]
+        rows = self._token_rows[layer * self._planes * self.num_kv_heads * self._block_size :]
         rows.index_copy_(0, self._write_rows, values.view(-1, self._head_dim))
 
     def attend(
@@ -108,34 +105,36 @@ class AttentionPlan:
         parts = self._parts.get(window)
         if parts is None:
             parts = self._parts[window] = self._divide(window, q)
-        rows = self._block_rows[layer * self._planes * self._num_kv_heads :]
+        rows = self._block_rows[layer * self._planes * self.num_kv_heads :]
         if sinks is not None:
-            sinks = sinks.view(self._num_kv_heads, -1)
+            sinks = sinks.view(self.num_kv_heads, -1)
         if len(parts) == 1 and parts[0].covers_all:
             return parts[0].attend(q, rows, self._scratch, scale, sinks, softcap)
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
         for part in parts:
             part.attend_into(out, q, rows, self._scratch, scale, sinks, softcap)
         return out
 
     def _first_rows(self, blocks: Tensor) -> Tensor:
         """Index in layer 0's [.., block_size * D] rows of (plane, blocks[i], head 0): [planes, n]."""
-        planes = torch.arange(self._planes, device=blocks.device) * self._num_kv_heads
-        return planes[:, None] + blocks * (self._num_layers * self._planes * self._num_kv_heads)
+        planes = torch.arange(self._planes, device=blocks.device) * self.num_kv_heads
+        return planes[:, None] + blocks * (self._num_layers * self._planes * self.num_kv_heads)
 
     def _gather_rows(self, tables: Tensor) -> Tensor:
         """Index of the rows that bring block tables [S, W] into [planes, S, num_kv_heads, W] order, flattened."""
         seqs, width = tables.shape
         first = self._first_rows(tables.reshape(-1)).view(self._planes, seqs, 1, width)
-        heads = torch.arange(self._num_kv_heads, device=tables.device)
+        heads = torch.arange(self.num_kv_heads, device=tables.device)
         return (first + heads[:, None]).view(-1)
 
     def _divide(self, window: int | None, q: Tensor) -> list[_DecodeGroup | _Chunk]:
-        batch, size = self._batch, self._block_size
+        size = self._block_size
         parts: list[_DecodeGroup | _Chunk] = []
         single: list[_Single] = []
-        for s, length in enumerate(batch.seq_lens):
-            start, end = batch.query_start[s], batch.query_start[s + 1]
+        for s, length in enumerate(self._lengths):
+            start, end = self._query_start[s], self._query_start[s + 1]
+            if start == end:
+                continue
             position = length - (end - start)  # of the first query
             first_key = 0 if window is None else max(0, position - window + 1)
             first_block = first_key // size
@@ -143,7 +142,7 @@ class AttentionPlan:
             if end - start == 1:
                 single.append(_Single(start, s, first_block, last_block - first_block, first_key, length))
                 continue
-            gather = self._gather_rows(batch.block_tables[s : s + 1, first_block:last_block])
+            gather = self._gather_rows(self._tables[s : s + 1, first_block:last_block])
             shift = first_block * size
             tiles = _tiles(
                 position - shift, end - start, None if window is None else (window, first_key - shift), q
@@ -151,7 +150,7 @@ class AttentionPlan:
             parts.append(_Chunk(self, start, end, gather, tiles, q))
         if single:
             for group in _by_length(single):
-                parts.append(_DecodeGroup(self, batch.block_tables, group, q))
+                parts.append(_DecodeGroup(self, self._tables, group, q))
         return parts
 
 
@@ -189,7 +188,7 @@ class _DecodeGroup:
     """Sequences with one query token each, padded to the longest of them."""
 
     def __init__(self, plan: AttentionPlan, tables: Tensor, group: list[_Single], q: Tensor) -> None:
-        heads, size = plan._num_kv_heads, plan._block_size
+        heads, size = plan.num_kv_heads, plan._block_size
         device = tables.device
         self.covers_all = len(group) == q.shape[0]
         self._rows = torch.tensor([item.row for item in group], device=device)
@@ -307,7 +306,7 @@ class _Chunk:
         self, plan: AttentionPlan, start: int, end: int, gather: Tensor, tiles: list[_Tile], q: Tensor
     ) -> None:
         self._start, self._end, self._gather, self._tiles = start, end, gather, tiles
-        self._planes, self._num_kv_heads = plan._planes, plan._num_kv_heads
+        self._planes, self._num_kv_heads = plan._planes, plan.num_kv_heads
         self._no_bias = torch.zeros((1, 1, 1), dtype=q.dtype, device=q.device)
 
     def attend(
@@ -368,7 +367,7 @@ def paged_attention(
     q: Tensor,
     kv_cache: Tensor,
     layer: int,
-    batch: AttentionBatch,
+    step: AttentionStep,
     scale: float,
     window: int | None,
     sinks: Tensor | None = None,
@@ -379,4 +378,4 @@ def paged_attention(
     Causal, grouped-query; with a `window` a token sees the last `window` positions, its own included. This step's
     keys and values must be in the cache. A model builds one `AttentionPlan` per step instead.
     """
-    return AttentionPlan(batch, kv_cache).attend(q, layer, scale, window, sinks, softcap)
+    return AttentionPlan(step, kv_cache).attend(q, layer, scale, window, sinks, softcap)

@@ -137,7 +137,7 @@ def grouped_mlp(
 ) -> Tensor:
     """Each expert's gated MLP on its own rows: [N, H], in x's dtype.
 
-    x_sorted [N, H], rows of expert 0 first; counts int64 [E]; gate_up [E, 2 * I, H], gate first; down [E, H, I];
+    x_sorted [N, H], rows of expert 0 first, those of nobody last, which become zeros; counts int64 [E]; gate_up [E, 2 * I, H], gate first; down [E, H, I];
     biases: ([E, 2 * I], [E, H]).
     """
     out = torch.empty_like(x_sorted)
@@ -150,6 +150,7 @@ def grouped_mlp(
         bias = (None, None) if biases is None else (biases[0][expert], biases[1][expert])
         inner = activation(functional.linear(x_sorted[rows], gate_up[expert], bias[0]))
         out[rows] = functional.linear(inner, down[expert], bias[1])
+    out[begin:] = 0.0
     return out
 
 

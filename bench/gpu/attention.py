@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.gpu.timing import Case, Launch
-from kernels.reference_attention import AttentionBatch
+from kernels.attention_step import AttentionStep
 from kernels.reference_relayout import Wire
-from kernels.triton.attention import AttentionStep, Tiling, paged_attention
+from kernels.triton.attention import Tiling, paged_attention
 from kernels.triton.paged_kv import PagedKv
 
 
@@ -94,7 +94,7 @@ def _step(seqs: list[tuple[int, int]], sizes: Sizes, device: torch.device) -> At
         tables[s, : len(blocks)] = blocks
         starts.append(starts[-1] + seqs[s][1])
     slots = torch.zeros(starts[-1], dtype=torch.int64)  # nothing is written here
-    return AttentionStep.of(AttentionBatch(starts, [length for length, _ in seqs], tables, slots), device)
+    return AttentionStep.of(starts, [length for length, _ in seqs], tables, slots, device)
 
 
 def _cache(seqs: list[tuple[int, int]], sizes: Sizes, device: torch.device, wire: Wire | None) -> PagedKv:

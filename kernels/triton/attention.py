@@ -21,34 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.reference_attention import AttentionBatch
+from kernels.attention_step import AttentionStep
 from kernels.triton.paged_kv import PagedKv, load_rows, operand_type
 
 LOG2_E = math.log2(math.e)
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionStep:
-    """An `AttentionBatch` on the device. The numbers of the host size the launches: bounds are enough."""
-
-    query_start: Tensor  # int32 [S + 1]
-    lengths: Tensor  # int32 [S]
-    block_tables: Tensor  # int32 [S, W], contiguous
-    slots: Tensor  # int64 [T]; below 0: nothing is written
-    max_queries: int  # of one sequence
-    max_length: int
-
-    @classmethod
-    def of(cls, batch: AttentionBatch, device: torch.device | str) -> AttentionStep:
-        counts = [b - a for a, b in zip(batch.query_start, batch.query_start[1:], strict=False)]
-        return cls(
-            torch.tensor(batch.query_start, dtype=torch.int32, device=device),
-            torch.tensor(batch.seq_lens, dtype=torch.int32, device=device),
-            batch.block_tables.to(device, torch.int32).contiguous(),
-            batch.slots.to(device),
-            max(counts, default=0),
-            max(batch.seq_lens, default=0),
-        )
 
 
 @dataclass(frozen=True, slots=True)

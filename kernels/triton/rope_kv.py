@@ -9,23 +9,13 @@ values, which go to the token's slot in the form that the cache holds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.attention_step import HeadNorms
 from kernels.triton.paged_kv import PagedKv, store_rows
-
-
-@dataclass(frozen=True, eq=False)
-class HeadNorms:
-    """RMS norms before the rotation: of each head, weights [D], or of all heads together, weights [heads * D]."""
-
-    q: Tensor
-    k: Tensor
-    eps: float
 
 
 def rotate_and_write(

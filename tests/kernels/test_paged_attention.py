@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import reference_attention
-from kernels.reference import AttentionBatch, AttentionPlan, Scratch, paged_attention
+from kernels.attention_step import AttentionStep
+from kernels.reference import AttentionPlan, Scratch, paged_attention
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 NUM_LAYERS = 2
@@ -32,7 +33,7 @@ class Case:
     keys: list[torch.Tensor]  # by sequence [length, kv_heads, D]
     values: list[torch.Tensor]
     cache: torch.Tensor
-    batch: AttentionBatch
+    step: AttentionStep
 
 
 def make(
@@ -59,8 +60,8 @@ def make(
         slots.append((blocks[position // size] * size + position % size)[length - queries :])
         starts.append(starts[-1] + queries)
     q = torch.randn(starts[-1], shape.num_heads, shape.head_dim).to(dtype)
-    batch = AttentionBatch(starts, [length for length, _ in seqs], tables, torch.cat(slots))
-    return Case(q, keys, values, cache, batch)
+    step = AttentionStep.of(starts, [length for length, _ in seqs], tables, torch.cat(slots))
+    return Case(q, keys, values, cache, step)
 
 
 def dense(
@@ -71,8 +72,8 @@ def dense(
     softcap: float | None = None,
 ) -> torch.Tensor:
     out = torch.zeros(case.q.shape, dtype=torch.float64)
-    for s, length in enumerate(case.batch.seq_lens):
-        start, end = case.batch.query_start[s], case.batch.query_start[s + 1]
+    for s, length in enumerate(case.step.lengths.tolist()):
+        start, end = case.step.query_start[s : s + 2].tolist()
         group = case.q.shape[1] // case.keys[s].shape[1]
         k = case.keys[s].double().repeat_interleave(group, 1)
         v = case.values[s].double().repeat_interleave(group, 1)
@@ -91,7 +92,7 @@ def dense(
 
 
 def check(case: Case, dtype: torch.dtype, layer: int, window: int | None) -> None:
-    got = paged_attention(case.q, case.cache, layer, case.batch, 0.3, window)
+    got = paged_attention(case.q, case.cache, layer, case.step, 0.3, window)
     assert got.dtype == dtype
     torch.testing.assert_close(
         got.double(), dense(case, 0.3, window), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
@@ -130,7 +131,7 @@ def test_head_groups_and_block_sizes(shape: Shape, window: int | None) -> None:
 def test_sinks(seqs: list[tuple[int, int]], window: int | None, dtype: torch.dtype) -> None:
     torch.manual_seed(4)
     case, sinks = make(seqs, Shape(6, 2), dtype, layer=1), torch.randn(6).to(dtype)
-    got = paged_attention(case.q, case.cache, 1, case.batch, 0.3, window, sinks)
+    got = paged_attention(case.q, case.cache, 1, case.step, 0.3, window, sinks)
     expected = dense(case, 0.3, window, sinks)
     torch.testing.assert_close(got.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
@@ -141,7 +142,7 @@ def test_sinks(seqs: list[tuple[int, int]], window: int | None, dtype: torch.dty
 def test_softcap(seqs: list[tuple[int, int]], window: int | None, dtype: torch.dtype) -> None:
     torch.manual_seed(6)
     case = make(seqs, Shape(6, 2), dtype, layer=1)
-    got = paged_attention(case.q, case.cache, 1, case.batch, 0.3, window, softcap=0.8)
+    got = paged_attention(case.q, case.cache, 1, case.step, 0.3, window, softcap=0.8)
     expected = dense(case, 0.3, window, softcap=0.8)
     torch.testing.assert_close(got.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
@@ -150,13 +151,13 @@ def test_softcap(seqs: list[tuple[int, int]], window: int | None, dtype: torch.d
 def test_one_plane_whose_rows_are_keys_and_values(seqs: list[tuple[int, int]]) -> None:
     torch.manual_seed(5)
     case = make(seqs, Shape(4, 1), torch.float32, layer=1)
-    one = Case(case.q, case.keys, case.keys, case.cache[:, :, :1].contiguous(), case.batch)
+    one = Case(case.q, case.keys, case.keys, case.cache[:, :, :1].contiguous(), case.step)
     check(one, torch.float32, 1, None)
-    plan = AttentionPlan(one.batch, one.cache)
+    plan = AttentionPlan(one.step, one.cache)
     rows = torch.randn(one.q.shape[0], 8)
     before = one.cache.clone()
     plan.write_latents(0, rows)
-    slots = one.batch.slots
+    slots = one.step.slots
     assert torch.equal(one.cache[slots // 4, 0, 0, 0, slots % 4], rows)
     assert torch.equal(one.cache[:, 1], before[:, 1])
 
@@ -208,7 +209,7 @@ def test_very_different_lengths_are_not_padded_to_the_longest() -> None:
 def test_one_plan_serves_every_layer_and_window() -> None:
     torch.manual_seed(4)
     case = make(BATCHES["mixed"], Shape(), torch.float32, layer=1)
-    plan = AttentionPlan(case.batch, case.cache, Scratch())
+    plan = AttentionPlan(case.step, case.cache, Scratch())
     for window in (None, 5, None):
         got = plan.attend(case.q, 1, 0.3, window)
         torch.testing.assert_close(got.double(), dense(case, 0.3, window), rtol=1e-5, atol=1e-5)

@@ -80,8 +80,8 @@ def test_plan_writes_what_write_kv_writes() -> None:
     one, other = torch.zeros(6, 3, 2, 2, 4, 8), torch.zeros(6, 3, 2, 2, 4, 8)
     slots = torch.tensor([5, 0, 23, 14])
     k, v = torch.randn(4, 2, 8), torch.randn(4, 2, 8)
-    batch = reference.AttentionBatch([0, 4], [4], torch.zeros(1, 1, dtype=torch.int64), slots)
-    plan = reference.AttentionPlan(batch, other)
+    step = reference.AttentionStep.of([0, 4], [4], torch.zeros(1, 1, dtype=torch.int64), slots)
+    plan = reference.AttentionPlan(step, other)
     for layer in range(3):
         reference.write_kv(one, layer, k + layer, v - layer, slots)
         plan.write(layer, k + layer, v - layer)

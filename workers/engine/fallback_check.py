@@ -75,7 +75,7 @@ def _in_chunks(model: FallbackModel, sequences: Tensor) -> list[Tensor]:
             if piece:
                 builder.add(sequence[begin:end], begin, table, end - begin)
         inputs = StepTensors.of(builder.arrays(), _BLOCK_SIZE, model.device)
-        logits = model.logits(inputs.token_ids, inputs.positions, kv_cache, inputs.batch, inputs.rows)
+        logits = model.logits(inputs.token_ids, inputs.positions, kv_cache, inputs.attention, inputs.rows)
         for part, rows in zip(parts, torch.split(logits, counts), strict=True):
             part.append(rows)
     return [torch.cat(part) for part in parts]

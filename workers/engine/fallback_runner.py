@@ -107,6 +107,6 @@ class FallbackRunner:
         """One entry for each of `step.samples`."""
         inputs = StepTensors.of(step.arrays, self._block_size, self.device)
         logits = self._model.logits(
-            inputs.token_ids, inputs.positions, self.kv_cache, inputs.batch, inputs.rows
+            inputs.token_ids, inputs.positions, self.kv_cache, inputs.attention, inputs.rows
         )
         return self._sampler(logits, step.samples) if step.samples else []

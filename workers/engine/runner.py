@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from kernels.attention_step import AttentionStep
 from kernels.cpu.decoder import StepArrays
-from kernels.reference import AttentionBatch
 from workers.device_memory import DevicePages, exportable_pages
 from workers.engine.pending import Ready
 from workers.engine.plan import Sampled
@@ -46,7 +46,7 @@ class TorchRunner:
         """One entry for each of `step.samples`."""
         inputs = StepTensors.of(step.arrays, self.layout.block_size, self.device)
         hidden = self.model.forward(
-            inputs.token_ids, inputs.positions, self.kv_cache, inputs.batch, inputs.rows
+            inputs.token_ids, inputs.positions, self.kv_cache, inputs.attention, inputs.rows
         )
         if not step.samples:
             return []
@@ -55,11 +55,11 @@ class TorchRunner:
 
 @dataclass(frozen=True)
 class StepTensors:
-    """A step's arrays on the device: int64."""
+    """A step's arrays on the device. What is no part of `attention` is int64."""
 
     token_ids: torch.Tensor  # [T]
     positions: torch.Tensor  # [T]
-    batch: AttentionBatch
+    attention: AttentionStep
     rows: torch.Tensor  # [R], at least one: a chunk that samples nothing still ends in a row
 
     @staticmethod
@@ -67,14 +67,14 @@ class StepTensors:
         def tensor(values: np.ndarray) -> torch.Tensor:
             return torch.as_tensor(values, dtype=torch.int64).to(device)
 
-        batch = AttentionBatch(
-            query_start=arrays.query_start.tolist(),
-            seq_lens=arrays.lengths.tolist(),
-            block_tables=tensor(_padded_tables(arrays, block_size)),
-            slots=tensor(arrays.slots),
+        attention = AttentionStep.of(
+            arrays.query_start.tolist(),
+            arrays.lengths.tolist(),
+            tensor(_padded_tables(arrays, block_size)),
+            tensor(arrays.slots),
         )
         rows = tensor(arrays.rows if len(arrays.rows) else np.zeros(1))
-        return StepTensors(tensor(arrays.token_ids), tensor(arrays.positions), batch, rows)
+        return StepTensors(tensor(arrays.token_ids), tensor(arrays.positions), attention, rows)
 
 
 def shared_pages(num_bytes: int, device: torch.device) -> SharedPages | DevicePages | None:

@@ -16,6 +16,7 @@ from workers.experts.exchange import Exchange
 from workers.experts.parallel import Compute, ParallelExperts, Ranks, Route
 from workers.models.layer_weights import Mlp, SparseMlp
 from workers.models.moe import activation_of
+from workers.models.ops import Ops
 from workers.models.spec import DecoderSpec, MoeSpec
 
 Expert = Mlp[Tensor]
@@ -37,7 +38,7 @@ class TorchExperts:
 
     # --- for the decoder --------------------------------------------------------------------------------------------
 
-    def make(self, index: int, spec: DecoderSpec, weights: SparseMlp[Tensor]) -> ParallelExperts:
+    def make(self, index: int, spec: DecoderSpec, weights: SparseMlp[Tensor], ops: Ops) -> ParallelExperts:
         assert index == len(self._read), "layers come in order"
         self._read.append(weights.expert)
         self._layers.append(ParallelExperts(index, self._moe.top_k, self._hidden, self, self._counts))

@@ -13,18 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.reference import AttentionBatch, AttentionPlan, Scratch, rms_norm
+from kernels.attention_step import AttentionStep
 from workers.models.attention_layer import AttentionLayer, GroupedAttentionLayer
 from workers.models.checkpoint import read_json
 from workers.models.head import Head
 from workers.models.layer_weights import LatentAttention, SparseMlp
 from workers.models.mla import LatentAttentionLayer
 from workers.models.moe import DenseMlp, LocalExperts, MakeExperts, SparseLayer, local_experts
+from workers.models.ops import Attention, Ops, torch_ops
 from workers.models.rope import RopeTable
 from workers.models.spec import DecoderSpec
 from workers.models.weights import DecoderWeights, LayerWeights, load_weights
 
-MlpLayer = Callable[[Tensor], Tensor]  # [T, hidden], normed -> [T, hidden], float32 where it sums experts
+# (x [T, hidden], normed; slots int64 [T], below 0: a row that fills up) -> [T, hidden], float32 where it sums experts
+MlpLayer = Callable[[Tensor, Tensor], Tensor]
 
 
 def load_decoder(
@@ -33,10 +35,11 @@ def load_decoder(
     device: torch.device,
     max_positions: int | None = None,
     make_experts: MakeExperts = local_experts,
+    ops: Ops | None = None,
 ) -> Decoder:
     """Read a model directory (config.json + safetensors). Raises ModelError."""
     spec = DecoderSpec.from_config(read_json(path / "config.json"))
-    return Decoder(spec, load_weights(path, spec, dtype, device), max_positions, make_experts)
+    return Decoder(spec, load_weights(path, spec, dtype, device), max_positions, make_experts, ops)
 
 
 class Decoder:
@@ -48,18 +51,22 @@ class Decoder:
         weights: DecoderWeights,
         max_positions: int | None = None,
         make_experts: MakeExperts = local_experts,
+        ops: Ops | None = None,
     ) -> None:
-        """`max_positions` in tokens bounds the positions; None: the model's own. Reads `weights.layers` once."""
+        """`max_positions` in tokens bounds the positions; None: the model's own. `ops`: None for eager torch.
+
+        Reads `weights.layers` once.
+        """
+        self.ops = ops or torch_ops()
         self.spec = spec
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
         self.max_positions = max_positions or spec.max_position
         self._embedding = weights.embedding
         self._rope = RopeTable(spec.rope, spec.rope_dim, self.max_positions, self.dtype, self.device)
-        self._layers = _layers(spec, weights.layers, make_experts)
+        self._layers = _layers(spec, weights.layers, make_experts, self.ops)
         self._final_norm = weights.final_norm.float()
         self._head = Head(weights.head)
-        self._scratch = Scratch()
 
     def new_kv_cache(self, num_blocks: int, block_size: int, pages: Tensor | None = None) -> Tensor:
         """A zeroed cache in canonical layout, see `kernels.reference`; in `pages`, uint8 zeros, when given."""
@@ -73,7 +80,7 @@ class Decoder:
         token_ids: Tensor,
         positions: Tensor,
         kv_cache: Tensor,
-        batch: AttentionBatch,
+        step: AttentionStep,
         rows: Tensor | None = None,
     ) -> Tensor:
         """Run one step and write its keys and values into `kv_cache`.
@@ -81,14 +88,14 @@ class Decoder:
         token_ids, positions: int64 [T], positions below max_positions. Returns the hidden states after the final norm,
         [T, hidden], or of `rows` (int64 [R]) only, [R, hidden]. With `rows` the last layer's MLP runs on them alone.
         """
-        attention = AttentionPlan(batch, kv_cache, self._scratch)
-        cos, signed_sin = self._rope.at(positions)
+        attention = self.ops.attention(kv_cache, step, self._rope, positions)
         # The residual stream is float32: its sums over all layers are where 16 bits lose most.
         x = self._embedding.index_select(0, token_ids).float()
+        added: Tensor | None = None  # what a layer's MLP gives is added by the norm that follows
         for layer in self._layers[:-1]:
-            x = layer(x, cos, signed_sin, attention, None)
-        x = self._layers[-1](x, cos, signed_sin, attention, rows)
-        return rms_norm(x, self._final_norm, self.spec.norm_eps).to(self.dtype)
+            x, added = layer(x, added, attention, step.slots, None)
+        x, added = self._layers[-1](x, added, attention, step.slots, rows)
+        return self.ops.add_rms_norm(x, added, self._final_norm, self.spec.norm_eps, self.dtype)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -108,44 +115,43 @@ class Decoder:
 
 class _Layer:
     def __init__(
-        self, spec: DecoderSpec, weights: LayerWeights, attention: AttentionLayer, mlp: MlpLayer
+        self, spec: DecoderSpec, weights: LayerWeights, attention: AttentionLayer, mlp: MlpLayer, ops: Ops
     ) -> None:
         self.mlp = mlp
         self._attention = attention
-        self._eps = spec.norm_eps
+        self._norm, self._eps, self._dtype = ops.add_rms_norm, spec.norm_eps, weights.input_norm.dtype
         self._input_norm, self._mlp_norm = weights.input_norm.float(), weights.mlp_norm.float()
-        self._dtype = weights.input_norm.dtype
 
     def __call__(
-        self, x: Tensor, cos: Tensor, signed_sin: Tensor, attention: AttentionPlan, rows: Tensor | None
-    ) -> Tensor:
-        """x float32 [T, hidden] -> [T, hidden], or the given rows of it."""
-        seen = self._attention.attend(self._normed(x, self._input_norm), cos, signed_sin, attention)
+        self, x: Tensor, added: Tensor | None, attention: Attention, slots: Tensor, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """x float32 [T, hidden], changed in place, and what is to be added to it -> the same two, or `rows` of them."""
+        normed = self._norm(x, added, self._input_norm, self._eps, self._dtype)
+        seen = self._attention.attend(normed, attention)
         if rows is not None:
-            x, seen = x.index_select(0, rows), seen.index_select(0, rows)
-        x = x + self._attention.output(seen)
-        return x + self.mlp(self._normed(x, self._mlp_norm))
-
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x, weight, self._eps).to(self._dtype)
+            x, seen, slots = (part.index_select(0, rows) for part in (x, seen, slots))
+        normed = self._norm(x, self._attention.output(seen), self._mlp_norm, self._eps, self._dtype)
+        return x, self.mlp(normed, slots)
 
 
-def _layers(spec: DecoderSpec, weights: Iterable[LayerWeights], make_experts: MakeExperts) -> list[_Layer]:
+def _layers(
+    spec: DecoderSpec, weights: Iterable[LayerWeights], make_experts: MakeExperts, ops: Ops
+) -> list[_Layer]:
     layers, sparse = [], 0
     for index, layer in enumerate(weights):
         attention: AttentionLayer
         if isinstance(layer.attention, LatentAttention):
-            attention = LatentAttentionLayer(spec, index, layer.attention)
+            attention = LatentAttentionLayer(spec, index, layer.attention, ops)
         else:
             attention = GroupedAttentionLayer(spec, index, layer.attention)
         mlp: MlpLayer
         if isinstance(layer.mlp, SparseMlp):
             assert spec.moe is not None, f"layer {index} of {spec.architecture} has experts"
-            mlp = SparseLayer(spec.moe, layer.mlp, make_experts(sparse, spec, layer.mlp))
+            mlp = SparseLayer(spec.moe, layer.mlp, make_experts(sparse, spec, layer.mlp, ops), ops)
             sparse += 1
         else:
-            mlp = DenseMlp(layer.mlp)
-        layers.append(_Layer(spec, layer, attention, mlp))
+            mlp = DenseMlp(layer.mlp, ops)
+        layers.append(_Layer(spec, layer, attention, mlp, ops))
     return layers
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.reference import AttentionBatch, AttentionPlan, Scratch
+from kernels.attention_step import AttentionStep
+from kernels.reference import AttentionPlan, Scratch
 from workers.models.decoder import zeroed_kv_cache
 from workers.models.errors import ModelError
 from workers.models.fallback_attention import NAME, Layer, Slot, Step, Trial, install, register
@@ -54,14 +55,14 @@ class FallbackModel:
 
     @torch.inference_mode()
     def logits(
-        self, token_ids: Tensor, positions: Tensor, kv_cache: Tensor, batch: AttentionBatch, rows: Tensor
+        self, token_ids: Tensor, positions: Tensor, kv_cache: Tensor, step: AttentionStep, rows: Tensor
     ) -> Tensor:
         """Run one step and write its keys and values into `kv_cache`: float32 [R, vocab].
 
         token_ids, positions: int64 [T], positions below spec.max_position. rows: int64 [R], of which logits are wanted.
         """
-        step = Step(self._layers, AttentionPlan(batch, kv_cache, self._scratch), kv_cache)
-        with self._slot.holding(step):
+        paged = Step(self._layers, AttentionPlan(step, kv_cache, self._scratch), kv_cache)
+        with self._slot.holding(paged):
             return _forward(self.module, token_ids, positions, rows).float()
 
     @torch.inference_mode()

@@ -11,17 +11,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.reference import AttentionPlan, rms_norm, rope_rotate
 from workers.models.layer_weights import LatentAttention
 from workers.models.linear import make_linear
+from workers.models.ops import Attention, Ops
 from workers.models.spec import DecoderSpec, MlaSpec
 
 
 class LatentAttentionLayer:
-    def __init__(self, spec: DecoderSpec, index: int, weights: LatentAttention[Tensor]) -> None:
+    def __init__(self, spec: DecoderSpec, index: int, weights: LatentAttention[Tensor], ops: Ops) -> None:
         assert spec.mla is not None, f"{spec.architecture} has no latent attention"
         mla = self._mla = spec.mla
-        self._index, self._num_heads = index, spec.num_heads
+        self._ops, self._index, self._num_heads = ops, index, spec.num_heads
         self._scale, self._window, self._eps = spec.scale, spec.windows[index], spec.norm_eps
         down, q_up = weights.down, weights.q_up
         if mla.rope_interleaved:
@@ -40,28 +40,27 @@ class LatentAttentionLayer:
         self._value_up = up[:, mla.nope_dim :].transpose(1, 2).contiguous()
         self.output = make_linear(weights.output)
 
-    def attend(self, x: Tensor, cos: Tensor, signed_sin: Tensor, attention: AttentionPlan) -> Tensor:
+    def attend(self, x: Tensor, attention: Attention) -> Tensor:
         mla, tokens = self._mla, x.shape[0]
+        rank = mla.kv_lora_rank
         down = self._down(x)
-        sizes = [down.shape[1] - mla.latent_dim, mla.kv_lora_rank, mla.rope_dim]
-        q, latent, key_rope = torch.split(down, sizes, -1)
+        queries, rows = down[:, : -mla.latent_dim], down[:, -mla.latent_dim :]
         if self._q_up is not None and self._q_norm is not None:
-            q = self._q_up(rms_norm(q, self._q_norm, self._eps))
-        q_nope, q_rope = torch.split(q.view(tokens, self._num_heads, -1), [mla.nope_dim, mla.rope_dim], -1)
-        rotated = rope_rotate(
-            torch.cat((q_rope, key_rope[:, None]), 1), cos, signed_sin
-        )  # [T, heads + 1, rope]
-        latent = rms_norm(latent, self._kv_norm, self._eps)
-        attention.write_latents(self._index, torch.cat((latent, rotated[:, -1]), -1))
-        absorbed = torch.bmm(q_nope.transpose(0, 1), self._key_up).transpose(0, 1)  # [T, heads, kv_lora_rank]
-        q = torch.cat((absorbed, rotated[:, :-1]), -1)
-        seen = attention.attend(q, self._index, self._scale, self._window)[..., : mla.kv_lora_rank]
-        return torch.bmm(seen.transpose(0, 1), self._value_up).transpose(0, 1).flatten(1)
+            queries = self._q_up(self._ops.rms_norm(queries, self._q_norm, self._eps))
+        queries = queries.view(tokens, self._num_heads, mla.query_dim)
+        q = attention.write_latents(rows, queries, self._index, self._kv_norm, self._eps)
+        # Into the first part of q: [heads, T, nope_dim] times [heads, nope_dim, rank].
+        nope = queries[..., : mla.nope_dim].transpose(0, 1)
+        torch.bmm(nope, self._key_up, out=q[..., :rank].transpose(0, 1))
+        seen = attention.attend(q, self._index, self._scale, self._window)[..., :rank]
+        out = seen.new_empty(tokens, self._num_heads, mla.value_dim)
+        torch.bmm(seen.transpose(0, 1), self._value_up, out=out.transpose(0, 1))
+        return out.flatten(1)
 
 
 def _rotated_in_halves(weight: Tensor, heads: int, mla: MlaSpec) -> Tensor:
     """Rows [heads * d, in], of each head's last `rope_dim` first the even, then the odd: pairs that are rotated
-    together lie half a head apart, as `rope_rotate` takes them. Scores don't change when queries and keys agree."""
+    together lie half a head apart, as rotary kernels take them. Scores don't change when queries and keys agree."""
     rows = weight.view(heads, -1, weight.shape[1])
     plain, rotated = rows[:, : -mla.rope_dim], rows[:, -mla.rope_dim :]
     return torch.cat((plain, rotated[:, 0::2], rotated[:, 1::2]), 1).view(weight.shape)

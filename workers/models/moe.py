@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.reference import silu_mul
-from kernels.reference_moe import Activation, Routing, clamped_swiglu, route
-from workers.models.fused_experts import FusedExperts, fused_experts_on, plain_experts
+from kernels.reference_moe import Activation, Routing, clamped_swiglu
 from workers.models.layer_weights import Mlp, SparseMlp
 from workers.models.linear import make_linear
+from workers.models.ops import Ops
 from workers.models.spec import DecoderSpec, MoeSpec
 
 
@@ -25,13 +25,13 @@ class Experts(Protocol):
     """The routed experts of one layer."""
 
     def start(self, x: Tensor, weights: Tensor, experts: Tensor) -> Callable[[], Tensor]:
-        """x [T, H], weights float32 [T, k], logical experts int64 [T, k]. What is returned gives the weighted sums,
+        """x [T, H], weights float32 [T, k], logical experts int64 [T, k]; the number of experts: of nobody. What is returned gives the weighted sums,
         float32 [T, H]; work between the two calls hides the tokens' way to other ranks."""
 
 
-# (index among the layers that have experts, the model, the layer's weights) -> its experts. Routed experts are read by
-# calling `weights.expert`, now or later, all or some of them.
-MakeExperts = Callable[[int, DecoderSpec, SparseMlp[Tensor]], Experts]
+# (index among the layers that have experts, the model, the layer's weights, what computes) -> its experts. Routed experts
+# are read by calling `weights.expert`, now or later, all or some of them.
+MakeExperts = Callable[[int, DecoderSpec, SparseMlp[Tensor], Ops], Experts]
 
 
 def routing_of(moe: MoeSpec) -> Routing:
@@ -54,34 +54,36 @@ def activation_of(moe: MoeSpec) -> Activation:
 
 
 class DenseMlp:
-    def __init__(self, weights: Mlp[Tensor]) -> None:
+    def __init__(self, weights: Mlp[Tensor], ops: Ops) -> None:
+        self._gate = ops.silu_mul
         self._gate_up = make_linear(weights.gate_up, weights.gate_up_bias)
         self._down = make_linear(weights.down, weights.down_bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, H] -> [T, H] in x's dtype."""
-        return self._down(silu_mul(self._gate_up(x)))
+    def __call__(self, x: Tensor, slots: Tensor) -> Tensor:
+        """[T, H] -> [T, H] in x's dtype. `slots`: what a dense MLP does not ask for."""
+        return self._down(self._gate(self._gate_up(x)))
 
 
 class SparseLayer:
-    def __init__(self, moe: MoeSpec, weights: SparseMlp[Tensor], experts: Experts) -> None:
+    def __init__(self, moe: MoeSpec, weights: SparseMlp[Tensor], experts: Experts, ops: Ops) -> None:
         self.experts = experts
+        self._ops = ops
         self._routing = routing_of(moe)
         self._routing.validate(moe.num_experts)
         self._router, self._router_bias = weights.router, weights.router_bias
         self._correction_bias = weights.correction_bias
-        self._shared = None if weights.shared is None else DenseMlp(weights.shared)
+        self._shared = None if weights.shared is None else DenseMlp(weights.shared, ops)
         self._shared_gate = weights.shared_gate
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, H] -> float32 [T, H]."""
+    def __call__(self, x: Tensor, slots: Tensor) -> Tensor:
+        """[T, H], slots int64 [T], below 0 where a row only fills up -> float32 [T, H]."""
         # In float32 whatever x is: a rounded logit may choose another expert.
         logits = functional.linear(x.float(), self._router, self._router_bias)
-        weights, experts = route(logits, self._routing, self._correction_bias)
+        weights, experts = self._ops.route(logits, self._routing, self._correction_bias, slots)
         routed = self.experts.start(x, weights, experts)
         if self._shared is None:
             return routed()
-        shared = self._shared(x).float()
+        shared = self._shared(x, slots).float()
         if self._shared_gate is not None:
             shared *= functional.linear(x, self._shared_gate).sigmoid()
         return routed().add_(shared)
@@ -90,9 +92,11 @@ class SparseLayer:
 class LocalExperts:
     """All experts of a layer in this process."""
 
-    def __init__(self, moe: MoeSpec, weights: SparseMlp[Tensor]) -> None:
+    def __init__(self, moe: MoeSpec, weights: SparseMlp[Tensor], ops: Ops) -> None:
         first, device = weights.expert(0), weights.router.device
-        self.counts = torch.zeros(moe.num_experts, dtype=torch.int64, device=device)  # tokens given to each
+        self._given = torch.zeros(
+            moe.num_experts + 1, dtype=torch.int64, device=device
+        )  # the last: to nobody
         self._gate_up = first.gate_up.new_empty(moe.num_experts, *first.gate_up.shape)
         self._down = first.down.new_empty(moe.num_experts, *first.down.shape)
         biases = []
@@ -104,18 +108,23 @@ class LocalExperts:
         self._biases = (
             None if gate_up_biases is None or down_biases is None else (gate_up_biases, down_biases)
         )
-        clamp = None if moe.activation == "silu" else (moe.swiglu_alpha, moe.swiglu_limit)
-        fused = fused_experts_on(device, self._down.dtype, self._biases is not None, clamp)
-        self._compute: FusedExperts = fused or partial(plain_experts, clamp=clamp)
+        self._clamp = None if moe.activation == "silu" else (moe.swiglu_alpha, moe.swiglu_limit)
+        self._compute = ops.experts
+
+    @property
+    def counts(self) -> Tensor:
+        """How many tokens were given to each expert so far: int64 [E]."""
+        return self._given[:-1]
 
     def start(self, x: Tensor, weights: Tensor, experts: Tensor) -> Callable[[], Tensor]:
-        self.counts.scatter_add_(0, experts.flatten(), torch.ones_like(experts.flatten()))
-        return partial(self._compute, x, weights, experts, self._gate_up, self._down, self._biases)
+        self._given.scatter_add_(0, experts.flatten(), torch.ones_like(experts.flatten()))
+        given = (weights, experts, self._gate_up, self._down, self._biases, self._clamp)
+        return partial(self._compute, x, *given)
 
 
-def local_experts(index: int, spec: DecoderSpec, weights: SparseMlp[Tensor]) -> LocalExperts:
+def local_experts(index: int, spec: DecoderSpec, weights: SparseMlp[Tensor], ops: Ops) -> LocalExperts:
     assert spec.moe is not None, f"{spec.architecture} has no experts"
-    return LocalExperts(spec.moe, weights)
+    return LocalExperts(spec.moe, weights, ops)
 
 
 def _stacked(biases: tuple[Tensor | None, ...]) -> Tensor | None:

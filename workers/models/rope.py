@@ -63,9 +63,9 @@ def _yarn_attention_factor(rope: RopeSpec) -> float:
 
 
 class RopeTable:
-    """cos and sin of every position up to `max_len`, computed in float32 as transformers does, kept in `dtype`.
+    """cos and sin of every position up to `max_len`: [max_len, head_dim / 2] each.
 
-    The sine's first half is negated: `kernels.reference.rope_rotate` takes it so.
+    Computed in float32 as transformers does, kept in `dtype`.
     """
 
     def __init__(
@@ -73,12 +73,10 @@ class RopeTable:
     ) -> None:
         frequencies, factor = inverse_frequencies(rope, head_dim)
         angles = torch.arange(max_len, dtype=torch.float32)[:, None] * frequencies
-        cos, sin = angles.cos() * factor, angles.sin() * factor
-        self._cos = torch.cat((cos, cos), -1).to(device, dtype)
-        self._signed_sin = torch.cat((-sin, sin), -1).to(device, dtype)
+        self.cos = (angles.cos() * factor).to(device, dtype)
+        self.sin = (angles.sin() * factor).to(device, dtype)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions int64 [T] -> cos, signed sin [T, 1, head_dim]."""
-        return self._cos.index_select(0, positions)[:, None], self._signed_sin.index_select(0, positions)[
-            :, None
-        ]
+        """positions int64 [T] -> cos, signed sin [T, 1, head_dim], as `kernels.reference.rope_rotate` takes them."""
+        cos, sin = (table.index_select(0, positions)[:, None] for table in (self.cos, self.sin))
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)

@@ -67,12 +67,12 @@ class Case:
         tables = torch.zeros((len(self.step), max(map(len, self.tables))), dtype=torch.int64)
         for row, table in zip(tables, self.tables, strict=True):
             row[: len(table)] = torch.tensor(table)
-        batch = reference.AttentionBatch(
+        step = reference.AttentionStep.of(
             self.query_start, self.lengths, tables, torch.zeros(len(self.q), dtype=torch.int64)
         )
         kv = self.cache.values().double()
         scale = self.cache.head_dim**-0.5
-        return reference.paged_attention(self.q.double(), kv, self.layer, batch, scale, window)
+        return reference.paged_attention(self.q.double(), kv, self.layer, step, scale, window)
 
     def check(
         self, library: Library, window: int | None = None, slack: float = 0.0, **options: object

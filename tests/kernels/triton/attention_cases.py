@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from kernels import reference_relayout
-from kernels.reference_attention import AttentionBatch
+from kernels.attention_step import AttentionStep
 from kernels.reference_attention import paged_attention as reference_attention
 from kernels.reference_relayout import Wire
-from kernels.triton.attention import AttentionStep, Tiling, paged_attention
+from kernels.triton.attention import Tiling, paged_attention
 from kernels.triton.paged_kv import PagedKv
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,7 +39,7 @@ class Shape:
 class Case:
     q: Tensor
     cache: Tensor
-    batch: AttentionBatch
+    step: AttentionStep
 
 
 def make(seqs: list[tuple[int, int]], shape: Shape, dtype: torch.dtype = torch.float32) -> Case:
@@ -56,10 +56,10 @@ def make(seqs: list[tuple[int, int]], shape: Shape, dtype: torch.dtype = torch.f
         starts.append(starts[-1] + queries)
         position = torch.arange(length - queries, length)
         slots.append(tables[s, position // shape.block_size] * shape.block_size + position % shape.block_size)
-    batch = AttentionBatch(starts, [length for length, _ in seqs], tables, torch.cat(slots))
+    step = AttentionStep.of(starts, [length for length, _ in seqs], tables, torch.cat(slots), DEVICE)
     q = torch.randn(starts[-1], shape.num_heads, shape.head_dim, generator=generator)
     cache = torch.randn(dims, generator=generator) * 1.5
-    return Case(q.to(DEVICE, dtype), cache.to(DEVICE, dtype), batch)
+    return Case(q.to(DEVICE, dtype), cache.to(DEVICE, dtype), step)
 
 
 def dense(
@@ -74,11 +74,11 @@ def dense(
     heads, kv_heads, size = case.q.shape[1], cache.shape[3], cache.shape[4]
     out = torch.zeros(case.q.shape, dtype=torch.float64)
     values = cache[:, LAYER].cpu().double()
-    for s, length in enumerate(case.batch.seq_lens):
-        rows = slice(case.batch.query_start[s], case.batch.query_start[s + 1])
+    for s, length in enumerate(case.step.lengths.tolist()):
+        rows = slice(*case.step.query_start[s : s + 2].tolist())
         key = torch.arange(length)
         own = values[
-            case.batch.block_tables[s, key // size], :, :, key % size
+            case.step.block_tables[s].cpu()[key // size], :, :, key % size
         ]  # [length, planes, kv_heads, D]
         k, v = (own[:, plane].repeat_interleave(heads // kv_heads, 1) for plane in (0, -1))
         scores = torch.einsum("qhd,khd->hqk", case.q[rows].cpu().double(), k) * scale
@@ -99,8 +99,7 @@ def dense(
 
 def check(case: Case, cache: PagedKv | None = None, tiling: Tiling | None = SMALL, **options: object) -> None:
     held = cache or PagedKv.of(case.cache)
-    step = AttentionStep.of(case.batch, DEVICE)
-    got = paged_attention(case.q, held, LAYER, step, 0.3, tiling=tiling, **options)  # type: ignore[arg-type]
+    got = paged_attention(case.q, held, LAYER, case.step, 0.3, tiling=tiling, **options)  # type: ignore[arg-type]
     want = dense(case, held.values(), 0.3, **options)  # type: ignore[arg-type]
     bound = TOLERANCE[case.q.dtype]
     assert got.dtype == case.q.dtype
@@ -176,14 +175,10 @@ def test_one_plane_whose_rows_are_keys_and_values() -> None:
 
 def test_is_what_the_reference_gives() -> None:
     case = make(MIXED, Shape())
-    step = AttentionStep.of(case.batch, DEVICE)
-    batch = replace(
-        case.batch, block_tables=case.batch.block_tables.to(DEVICE), slots=case.batch.slots.to(DEVICE)
-    )
     sinks = torch.ones(6, device=DEVICE)
-    want = reference_attention(case.q, case.cache, LAYER, batch, 0.3, 33, sinks, 3.0)
+    want = reference_attention(case.q, case.cache, LAYER, case.step, 0.3, 33, sinks, 3.0)
     got = paged_attention(
-        case.q, PagedKv.of(case.cache), LAYER, step, 0.3, 33, sinks, softcap=3.0, tiling=SMALL
+        case.q, PagedKv.of(case.cache), LAYER, case.step, 0.3, 33, sinks, softcap=3.0, tiling=SMALL
     )
     torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
@@ -198,13 +193,12 @@ def test_tiles_of_a_launch_as_chosen() -> None:
 def test_sequences_that_only_fill_a_captured_launch_up() -> None:
     """A graph is captured for more sequences and longer contexts than a step has."""
     case = make(DECODE, Shape())
-    step = AttentionStep.of(case.batch, DEVICE)
     nothing = torch.zeros(2, dtype=torch.int32, device=DEVICE)
     more = replace(
-        step,
-        query_start=torch.cat((step.query_start, nothing + len(case.q))),
-        lengths=torch.cat((step.lengths, nothing)),
-        block_tables=torch.cat((step.block_tables, torch.zeros_like(step.block_tables[:2]))),
+        case.step,
+        query_start=torch.cat((case.step.query_start, nothing + len(case.q))),
+        lengths=torch.cat((case.step.lengths, nothing)),
+        block_tables=torch.cat((case.step.block_tables, torch.zeros_like(case.step.block_tables[:2]))),
         max_length=256,
         max_queries=3,
     )
@@ -223,17 +217,16 @@ def test_queries_may_lie_within_wider_rows() -> None:
 
 def test_what_does_not_fit_is_said() -> None:
     case = make(DECODE, Shape())
-    step = AttentionStep.of(case.batch, DEVICE)
     cache = PagedKv.of(case.cache)
     with pytest.raises(ValueError, match="5 heads of 24 do not attend"):
-        paged_attention(case.q[:, :5], cache, LAYER, step, 1.0)
+        paged_attention(case.q[:, :5], cache, LAYER, case.step, 1.0)
     with pytest.raises(ValueError, match="layer 2 of a cache that has 2"):
-        paged_attention(case.q, cache, 2, step, 1.0)
+        paged_attention(case.q, cache, 2, case.step, 1.0)
     wide = make(DECODE, Shape(20, 1))
     with pytest.raises(ValueError, match="does not hold the 20 heads"):
-        paged_attention(wide.q, PagedKv.of(wide.cache), LAYER, step, 1.0, tiling=SMALL)
+        paged_attention(wide.q, PagedKv.of(wide.cache), LAYER, wide.step, 1.0, tiling=SMALL)
     with pytest.raises(ValueError, match="is not computed with"):
-        paged_attention(case.q.double(), cache, LAYER, step, 1.0)
+        paged_attention(case.q.double(), cache, LAYER, case.step, 1.0)
     with pytest.raises(ValueError, match="contiguous, of floats"):
         PagedKv.of(case.cache.transpose(3, 4))
     with pytest.raises(ValueError, match="no multiple of 4"):

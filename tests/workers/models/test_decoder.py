@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kernels.reference import AttentionBatch
+from kernels.attention_step import AttentionStep
 from tests.workers.models.test_rope import SCALINGS
 from workers.models.decoder import Decoder, load_decoder
 from workers.models.random_model import write_random_model
@@ -69,8 +69,8 @@ def step(decoder: Decoder, kv_cache: torch.Tensor, work: list[tuple[Sequence, in
         starts.append(starts[-1] + count)
         seq.done += count
         lengths.append(seq.done)
-    batch = AttentionBatch(starts, lengths, tables, torch.cat(slots))
-    logits = decoder.logits(decoder.forward(torch.cat(ids), torch.cat(positions), kv_cache, batch))
+    attention = AttentionStep.of(starts, lengths, tables, torch.cat(slots))
+    logits = decoder.logits(decoder.forward(torch.cat(ids), torch.cat(positions), kv_cache, attention))
     for row, (seq, _) in enumerate(work):
         seq.logits.append(logits[starts[row] : starts[row + 1]])
 
@@ -118,10 +118,10 @@ def tiny(tmp_path: Path) -> Decoder:
 def one_prompt(decoder: Decoder, rows: torch.Tensor | None) -> torch.Tensor:
     kv_cache = decoder.new_kv_cache(4, BLOCK_SIZE)
     position = torch.arange(10)
-    batch = AttentionBatch(
+    attention = AttentionStep.of(
         [0, 10], [10], torch.tensor([[1, 3, 2]]), torch.tensor([1, 3, 2])[position // 4] * 4 + position % 4
     )
-    return decoder.forward(position + 5, position, kv_cache, batch, rows)
+    return decoder.forward(position + 5, position, kv_cache, attention, rows)
 
 
 def test_rows_give_the_same_hidden_states(tiny: Decoder) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from kernels.reference import AttentionBatch
+from kernels.attention_step import AttentionStep
 from workers.models.catalog import prepare_model
 from workers.models.decoder import load_decoder
 from workers.models.errors import ModelError
@@ -21,8 +21,8 @@ def greedy(path: Path, prompt: list[int], count: int) -> list[int]:
     for _ in range(count):
         length, new = len(tokens), len(fresh)
         positions = torch.arange(length - new, length)
-        batch = AttentionBatch([0, new], [length], tables, positions)
-        hidden = decoder.forward(torch.tensor(fresh), positions, kv_cache, batch, torch.tensor([new - 1]))
+        step = AttentionStep.of([0, new], [length], tables, positions)
+        hidden = decoder.forward(torch.tensor(fresh), positions, kv_cache, step, torch.tensor([new - 1]))
         fresh = [int(decoder.logits(hidden).argmax())]
         tokens += fresh
     return tokens[len(prompt) :]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kernels.reference import AttentionBatch
+from kernels.attention_step import AttentionStep
 from workers.models.catalog import PreparedModel
 from workers.models.decoder import Decoder, load_decoder
 
@@ -53,8 +53,8 @@ class Run:
         positions = torch.arange(self._length, self._length + len(token_ids))
         self._length += len(token_ids)
         slots = self._blocks[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-        batch = AttentionBatch([0, len(token_ids)], [self._length], self._blocks[None], slots)
-        hidden = self._decoder.forward(torch.tensor(token_ids), positions, self._kv_cache, batch)
+        step = AttentionStep.of([0, len(token_ids)], [self._length], self._blocks[None], slots)
+        hidden = self._decoder.forward(torch.tensor(token_ids), positions, self._kv_cache, step)
         return self._decoder.logits(hidden)
 
 

@@ -21,6 +21,7 @@ from workers.models.decoder import Decoder, load_decoder
 from workers.models.errors import ModelError
 from workers.models.layer_weights import SparseMlp
 from workers.models.moe import local_experts
+from workers.models.ops import Ops
 from workers.models.random_model import write_random_model
 from workers.models.spec import DecoderSpec
 from workers.models.upcycle import Upcycling, upcycle
@@ -78,8 +79,8 @@ def test_the_output_is_the_dense_models(tmp_path: Path, config: dict[str, Any], 
 
 
 def test_a_token_at_the_wrong_expert_shows(dense: Path, sparse: Path) -> None:
-    def misrouting(index: int, spec: DecoderSpec, weights: SparseMlp[Tensor]) -> Any:
-        local = local_experts(index, spec, weights)
+    def misrouting(index: int, spec: DecoderSpec, weights: SparseMlp[Tensor], ops: Ops) -> Any:
+        local = local_experts(index, spec, weights, ops)
 
         class Misrouted:
             def start(self, x: Tensor, weights: Tensor, experts: Tensor) -> Callable[[], Tensor]:
