@@ -109,3 +109,29 @@ def concat_rows(parts: Sequence[Quantized]) -> Quantized:
         np.concatenate([part.d for part in grouped]),
         np.concatenate(minima) if minima else None,
     )
+
+
+def cut_rows(matrix: Quantized, rows: range) -> Quantized:
+    """Some of the outputs."""
+    part = slice(rows.start, rows.stop)
+    if isinstance(matrix, ChannelWeight):
+        return ChannelWeight(matrix.q[part], matrix.scale[part])
+    return GroupedWeight(
+        matrix.format, matrix.q[part], matrix.d[part], None if matrix.m is None else matrix.m[part]
+    )
+
+
+def cut_columns(matrix: Quantized, columns: range) -> Quantized | None:
+    """Some of the inputs. None: they begin or end within a group, whose scale belongs to others too."""
+    part = slice(columns.start, columns.stop)
+    if isinstance(matrix, ChannelWeight):
+        return ChannelWeight(matrix.q[:, part], matrix.scale)
+    if columns.start % GROUP or columns.stop % GROUP:
+        return None
+    groups = slice(columns.start // GROUP, columns.stop // GROUP)
+    return GroupedWeight(
+        matrix.format,
+        matrix.q[:, part],
+        matrix.d[:, groups],
+        None if matrix.m is None else matrix.m[:, groups],
+    )

@@ -14,6 +14,7 @@ from workers.models.layer_weights import Layer
 from workers.models.scheme import FLOATS, Scheme
 from workers.models.spec import DecoderSpec
 from workers.models.weight_source import Matrix, WeightSource, to_float
+from workers.parallel.shard import WHOLE, Shard
 
 LayerWeights = Layer[Tensor]
 
@@ -22,21 +23,28 @@ LayerWeights = Layer[Tensor]
 class DecoderWeights:
     """`layers` may be lazy and read once, so that a decoder that repacks them never holds the model twice."""
 
-    embedding: Tensor  # [vocab, hidden]
+    embedding: Tensor  # [vocab, hidden], of a shard its rows
     layers: Iterable[LayerWeights]
     final_norm: Tensor  # [hidden]
     head: Tensor  # [vocab, hidden]; the embedding itself when tied
 
 
 def load_weights(
-    path: Path, spec: DecoderSpec, dtype: torch.dtype, device: torch.device, scheme: Scheme = FLOATS
+    path: Path,
+    spec: DecoderSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    scheme: Scheme = FLOATS,
+    shard: Shard = WHOLE,
 ) -> DecoderWeights:
-    """`path` is a directory. Raises ModelError naming the missing, unexpected or wrongly shaped tensors.
+    """`path` is a directory, `spec` the whole model's, `shard` what is read of it.
+
+    Raises ModelError naming the missing, unexpected or wrongly shaped tensors.
 
     Under another scheme than FLOATS the weights are those of the quantized model, at the memory of the float one: the
     native kernels' oracle, and how a quantized checkpoint runs where there are no native kernels.
     """
-    source = WeightSource(path, spec, scheme)
+    source = WeightSource(path, spec, scheme, shard)
     place = _Place(dtype, device)
     head = place(source.head())
     embedding = source.embedding()
