@@ -1,0 +1,68 @@
+"""What test_triton.py runs besides: the kernels compile for real GPUs, which needs none."""
+
+from __future__ import annotations
+
+import pytest
+import triton.language as tl
+
+from kernels.quantized_matrix import PAIR
+from kernels.triton import matmul
+from tests.kernels.triton.gpu_builds import build
+
+OPERANDS = {"bf16": tl.bfloat16, "fp16": tl.float16}
+# name -> FORMAT, pointer type of q, DEPTH where a row or a wide group shares a scale
+FORMATS = {
+    "floats": (0, "*{dtype}", 64),
+    "int8": (1, "*i8", 128),
+    "int4": (2, "*i8", PAIR),
+    "fp8 by hand": (3, "*u8", 128),
+    "fp8": (4, "*fp8e4nv", 128),
+}
+
+
+def build_multiply(
+    architecture: int, dtype: str, name: str, group: int, split: bool, columns: int, rows: int
+) -> str:
+    format, q, depth = FORMATS[name]
+    arguments = {"x": f"*{dtype}", "q": q.format(dtype=dtype)}
+    arguments |= dict.fromkeys(("scale", "minimum"), "*fp16" if name == "int4" else "*fp32")
+    arguments |= {
+        "order": "*i32",
+        "bias": f"*{dtype}",
+        "out": f"*{dtype}",
+        "partial": "*fp32",
+        "arrivals": "*i32",
+    }
+    arguments |= dict.fromkeys(("rows", "n", "k", "width", "stride_x", "steps"), "i32")
+    constants = {"FORMAT": format, "GROUP": group, "ORDERED": False, "BIASED": True, "SPLIT": split}
+    constants |= {"COLUMNS": columns, "ROWS": rows, "DEPTH": min(depth, group or depth), "HALF": PAIR}
+    constants |= {"EVEN": True, "OPERAND": OPERANDS[dtype]}
+    aligned = [name for name in arguments if name not in ("rows", "steps")]
+    return build(matmul._multiply, architecture, arguments, constants, aligned, num_warps=4, num_stages=4)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "name", "group"),
+    [
+        (80, "bf16", "fp8 by hand", 0),
+        (80, "fp16", "int4", 128),
+        (90, "bf16", "floats", 0),
+        (90, "bf16", "int8", 32),
+        (90, "bf16", "int4", 32),
+        (90, "bf16", "fp8", 0),
+    ],
+)
+def test_few_rows(architecture: int, dtype: str, name: str, group: int) -> None:
+    ptx = build_multiply(architecture, dtype, name, group, split=True, columns=64, rows=16)
+    assert "mma" in ptx  # the matrix units
+    assert "cp.async" in ptx  # the weight is read ahead
+    assert "atom.global.gpu.acq_rel" in ptx.replace(".global.acq_rel.gpu", ".global.gpu.acq_rel")
+    assert "ld.global.cg" in ptx
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize(("name", "group"), [("int8", 0), ("int4", 64), ("floats", 0)])
+def test_more_rows(architecture: int, rows: int, name: str, group: int) -> None:
+    assert "mma" in build_multiply(architecture, "bf16", name, group, split=False, columns=128, rows=rows)

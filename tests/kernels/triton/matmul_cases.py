@@ -1,0 +1,107 @@
+"""What test_triton.py runs in a process of its own, under Triton's interpreter or on the GPU: quantized products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import reference_matmul as reference
+from kernels.quantized_matrix import QuantizedMatrix, pack_int4
+from kernels.triton.matmul import Arrivals, Tiling, multiply
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Of the largest result: what rounds are x's operands and the result.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+WHOLE = 0  # one scale for a row
+
+
+def generator(*numbers: int) -> torch.Generator:
+    return torch.Generator().manual_seed(sum(n * 31**i for i, n in enumerate(numbers)))
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=generator(*shape)).to(DEVICE, dtype)
+
+
+def quantized(format: str, n: int, k: int, group: int, ordered: bool = False) -> QuantizedMatrix:
+    """Random bits, scales and minima."""
+    random, group = generator(n, k, group), group or k
+    shape = (-(-k // group), n)
+    scale = torch.rand(shape, generator=random) * 0.01 + 0.01
+    minimum = None
+    if format == "int8":
+        q = torch.randint(-128, 128, (n, k), generator=random, dtype=torch.int8)
+    elif format == "fp8":
+        q = torch.randint(0, 0x7F, (n, k), generator=random, dtype=torch.uint8)
+        q = (q | torch.randint(0, 2, (n, k), generator=random, dtype=torch.uint8) << 7).view(
+            torch.float8_e4m3fn
+        )
+    else:
+        q = pack_int4(torch.randint(0, 16, (n, k), generator=random, dtype=torch.uint8))
+        scale, minimum = scale.half(), (torch.randn(shape, generator=random) * 0.1).half().to(DEVICE)
+    order = torch.randperm(k, generator=random).int().to(DEVICE) if ordered else None
+    return QuantizedMatrix(format, q.to(DEVICE), scale.to(DEVICE), minimum, k, group, order)  # type: ignore[arg-type]
+
+
+def check(x: Tensor, weight: QuantizedMatrix | Tensor, tiling: Tiling, biased: bool = False) -> None:
+    n = weight.shape[0]
+    bias = normal(n, dtype=x.dtype) if biased else None
+    arrivals = Arrivals(DEVICE)
+    for dtype in (x.dtype, torch.float32):
+        got = multiply(x, weight, bias, tiling, arrivals, dtype)
+        if isinstance(weight, Tensor):
+            want = x.float() @ weight.float().T + (0 if bias is None else bias.float())
+        else:
+            want = reference.multiply(x, weight, bias, torch.float32)
+        assert got.dtype == dtype
+        assert (got.float() - want).abs().max() <= TOLERANCE[x.dtype] * want.abs().max()
+    assert not arrivals.counts.any()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("format", "group", "k"),
+    [
+        ("int8", WHOLE, 300),
+        ("int8", 32, 288),
+        ("int4", 32, 352),
+        ("int4", 128, 384),
+        ("fp8", WHOLE, 256),
+        ("fp8", 128, 320),
+    ],
+)
+def test_formats(dtype: torch.dtype, format: str, group: int, k: int) -> None:
+    check(normal(3, k, dtype=dtype), quantized(format, 40, k, group), Tiling(columns=32), biased=True)
+
+
+@pytest.mark.parametrize(
+    ("format", "group", "k", "splits"),
+    [("int8", WHOLE, 1536, 3), ("int4", 64, 2048, 2), ("fp8", 32, 640, 5), ("floats", WHOLE, 600, 4)],
+)
+def test_split_inputs(format: str, group: int, k: int, splits: int) -> None:
+    weight = normal(70, k) if format == "floats" else quantized(format, 70, k, group)
+    check(normal(20, k), weight, Tiling(columns=32, splits=splits), biased=True)
+
+
+@pytest.mark.parametrize("format", ["int4", "int8"])
+def test_scattered_inputs(format: str) -> None:
+    check(normal(5, 256), quantized(format, 33, 256, 64, ordered=True), Tiling(columns=32, rows=32))
+
+
+def test_x_may_be_part_of_a_wider_matrix() -> None:
+    whole = normal(4, 200)
+    check(whole[:, 30:158], quantized("int8", 17, 128, WHOLE), Tiling(columns=16))
+
+
+def test_no_rows() -> None:
+    assert multiply(normal(0, 64), normal(8, 64), None, Tiling(), Arrivals(DEVICE)).shape == (0, 8)
+
+
+def test_what_does_not_go_together_is_refused() -> None:
+    with pytest.raises(ValueError, match="a weight of 64 inputs"):
+        multiply(normal(2, 63), normal(8, 64), None, Tiling(), Arrivals(DEVICE))
+    with pytest.raises(ValueError, match="as x is"):
+        multiply(normal(2, 64), normal(8, 64).half(), None, Tiling(), Arrivals(DEVICE))
+    with pytest.raises(ValueError, match="there is room for 1"):
+        multiply(normal(2, 1024), normal(80, 1024), None, Tiling(columns=32, splits=4), Arrivals(DEVICE, 1))
