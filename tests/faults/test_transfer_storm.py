@@ -127,7 +127,7 @@ class Storm:
     async def chaos(self, calm: float, names: list[str]) -> None:
         while not self.over:
             due = self.ended + self.rng.expovariate(1 / calm)
-            while self.ended < due and not self.over:
+            while self.ended < due and not self.over:  # noqa: ASYNC110 - nor right when one ends
                 await asyncio.sleep(self.rng.random() * 0.01)
             worker_id = self.rng.choice(names)
             victim = self.up[worker_id]
