@@ -14,8 +14,8 @@ import time
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
 from workers.experts.board import RankBoard
-from workers.experts.directory import RedisDirectory
 from workers.experts.plane import ExpertPlane, Place
+from workers.experts.redis_directory import RedisDirectory
 from workers.metrics import WorkerMetrics
 from workers.models.catalog import prepare_model
 from workers.protocol.messages import StatusReply, StatusRequest, WorkerInfo
