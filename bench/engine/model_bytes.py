@@ -8,15 +8,18 @@ from typing import Literal
 
 from workers.models.spec import DecoderSpec, MoeSpec
 
-WeightFormat = Literal["fp32", "bf16", "int8", "int4"]
+WeightFormat = Literal["fp32", "bf16", "fp8", "int8", "int4"]
 
 _FLOAT32 = 4
 _GROUP = 32  # weights that share a float16 scale, and in 4 bits a float16 minimum
 
 
 def matrix_bytes(rows: int, columns: int, weight_format: WeightFormat, *, head: bool = False) -> float:
-    """Of one matrix [out, in] with its scales. int4 keeps the head in 8 bits by groups, see workers/models."""
+    """Of one matrix [out, in] with its scales. int4 keeps the head in 8 bits by groups, see workers/models; fp8 has a
+    float32 scale for each output channel."""
     weights = rows * columns
+    if weight_format == "fp8":
+        return weights + rows * _FLOAT32
     if weight_format == "int8" or (weight_format == "int4" and head):
         return weights * (1 + 2 / _GROUP)
     if weight_format == "int4":
