@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels import reference_relayout
 from kernels.reference_relayout import Wire
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # FORMAT of the Triton kernels. Only compute capability 8.9 and later have instructions for e4m3; bits give the same
 # values.

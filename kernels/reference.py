@@ -1,6 +1,7 @@
 """The oracle: every op in eager torch, on any device. The C++ and Triton forms are tested against these.
 
-The KV cache is one tensor in the canonical wire layout, block first, so that a block is one contiguous piece:
+The KV cache is one tensor in the canonical wire layout, block first, so that a block is one contiguous piece; of
+floats (kernels/paged_kv.py has the other forms)
 
     kv_cache [num_blocks, num_layers, 2 (k, v), num_kv_heads, block_size, head_dim]
 
@@ -17,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.attention_step import AttentionStep
-from kernels.reference_attention import AttentionPlan, Scratch, paged_attention
+from kernels.reference_attention import AttentionPlan, paged_attention
+from kernels.reference_rows import Scratch
 
 __all__ = [
     "AttentionPlan",

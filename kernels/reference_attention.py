@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from kernels.attention_step import AttentionStep
+from kernels.paged_kv import PagedKv
+from kernels.reference_rows import CacheRows, Scratch, rows_of
 
 QUERY_TILE = (
     128  # query tokens of a prefill tile: enough rows for the matmul, few enough to skip most hidden keys
@@ -26,42 +28,27 @@ QUERY_TILE = (
 SPLIT_GAIN_BLOCKS = 48  # padded blocks that a further decode group must save to be worth its launches
 
 
-class Scratch:
-    """One growing buffer for gathered keys and values: fresh pages for each layer cost more than the copy.
+@dataclass(frozen=True)
+class _Scores:
+    """How scores are made and what weighs them, in one layer."""
 
-    It holds what one layer of one decode group or chunk reads: about 1 / num_layers of the cache in use, and padding.
-    """
-
-    def __init__(self) -> None:
-        self._buffer: Tensor | None = None
-
-    def take(self, numel: int, like: Tensor) -> Tensor:
-        """Uninitialized [numel], valid until the next `take`."""
-        held = self._buffer
-        if held is None or held.numel() < numel or held.dtype != like.dtype or held.device != like.device:
-            self._buffer = held = torch.empty(numel, dtype=like.dtype, device=like.device)
-        return held[:numel]
+    scale: float
+    sinks: Tensor | None  # [num_kv_heads, group]
+    softcap: float | None
 
 
 class AttentionPlan:
     """One step's attention, prepared for all layers. It reads the step's numbers on the host."""
 
-    def __init__(self, step: AttentionStep, kv_cache: Tensor, scratch: Scratch | None = None) -> None:
-        """`kv_cache` must be contiguous and stay in place while the plan is used.
-
-        [num_blocks, num_layers, planes, num_kv_heads, block_size, head_dim]: planes of keys and of values, or one plane
-        whose rows are both.
-        """
-        _, self._num_layers, self._planes, self.num_kv_heads, self._block_size, self._head_dim = (
-            kv_cache.shape
-        )
+    def __init__(self, step: AttentionStep, cache: PagedKv, scratch: Scratch | None = None) -> None:
+        """The cache must stay in place while the plan is used."""
+        _, self._num_layers, self._planes, self.num_kv_heads = cache.data.shape[:4]
+        self._block_size, self._head_dim = cache.block_size, cache.head_dim
         self._query_start, self._lengths = step.query_start.tolist(), step.lengths.tolist()
         self._tables = step.block_tables.long()
-        self._token_rows = kv_cache.view(-1, self._head_dim)
-        self._block_rows = kv_cache.view(-1, self._block_size * self._head_dim)
-        self._scratch = scratch or Scratch()
+        self._rows = rows_of(cache, scratch or Scratch())
         self._parts: dict[int | None, list[_DecodeGroup | _Chunk]] = {}  # by window
-        # Row of (slot, k|v, head) in layer 0's view; a layer's view starts further down by a constant.
+        # Number of (slot, k|v, head) in layer 0; another layer's starts further down by a constant.
         slots, self._written = step.slots, None
         if bool((slots < 0).any()):
             self._written = (slots >= 0).nonzero().flatten()
@@ -83,8 +70,7 @@ class AttentionPlan:
         return rows if self._written is None else rows.index_select(0, self._written)
 
     def _write(self, layer: int, values: Tensor) -> None:
-        rows = self._token_rows[layer * self._planes * self.num_kv_heads * self._block_size :]
-        rows.index_copy_(0, self._write_rows, values.view(-1, self._head_dim))
+        self._rows.write(self._first_tile(layer), self._write_rows, values.view(-1, self._head_dim))
 
     def attend(
         self,
@@ -105,23 +91,25 @@ class AttentionPlan:
         parts = self._parts.get(window)
         if parts is None:
             parts = self._parts[window] = self._divide(window, q)
-        rows = self._block_rows[layer * self._planes * self.num_kv_heads :]
-        if sinks is not None:
-            sinks = sinks.view(self.num_kv_heads, -1)
+        rows = _LayerRows(self._rows, self._first_tile(layer))
+        scores = _Scores(scale, None if sinks is None else sinks.view(self.num_kv_heads, -1), softcap)
         if len(parts) == 1 and parts[0].covers_all:
-            return parts[0].attend(q, rows, self._scratch, scale, sinks, softcap)
+            return parts[0].attend(q, rows, scores)
         out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
         for part in parts:
-            part.attend_into(out, q, rows, self._scratch, scale, sinks, softcap)
+            part.attend_into(out, q, rows, scores)
         return out
 
+    def _first_tile(self, layer: int) -> int:
+        return layer * self._planes * self.num_kv_heads
+
     def _first_rows(self, blocks: Tensor) -> Tensor:
-        """Index in layer 0's [.., block_size * D] rows of (plane, blocks[i], head 0): [planes, n]."""
+        """Number in layer 0 of the tile of (plane, blocks[i], head 0): [planes, n]."""
         planes = torch.arange(self._planes, device=blocks.device) * self.num_kv_heads
         return planes[:, None] + blocks * (self._num_layers * self._planes * self.num_kv_heads)
 
     def _gather_rows(self, tables: Tensor) -> Tensor:
-        """Index of the rows that bring block tables [S, W] into [planes, S, num_kv_heads, W] order, flattened."""
+        """Numbers of the tiles that bring block tables [S, W] into [planes, S, num_kv_heads, W] order, flattened."""
         seqs, width = tables.shape
         first = self._first_rows(tables.reshape(-1)).view(self._planes, seqs, 1, width)
         heads = torch.arange(self.num_kv_heads, device=tables.device)
@@ -152,6 +140,17 @@ class AttentionPlan:
             for group in _by_length(single):
                 parts.append(_DecodeGroup(self, self._tables, group, q))
         return parts
+
+
+@dataclass(frozen=True)
+class _LayerRows:
+    """Keys and values of one layer."""
+
+    rows: CacheRows
+    first: int  # its first tile
+
+    def gather(self, tiles: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.rows.gather(self.first, tiles, dtype)
 
 
 @dataclass(frozen=True)
@@ -209,42 +208,22 @@ class _DecodeGroup:
         mask = torch.zeros(hidden.shape, dtype=q.dtype, device=device).masked_fill_(hidden, -torch.inf)
         self._mask = mask[:, None, None].expand(-1, heads, -1, -1).reshape(-1, 1, self._keys)
 
-    def attend(
-        self,
-        q: Tensor,
-        block_rows: Tensor,
-        scratch: Scratch,
-        scale: float,
-        sinks: Tensor | None,
-        softcap: float | None,
-    ) -> Tensor:
-        """Of queries [S, num_heads, D], one for each sequence of the group; sinks [num_kv_heads, group]."""
+    def attend(self, q: Tensor, rows: _LayerRows, how: _Scores) -> Tensor:
+        """Of queries [S, num_heads, D], one for each sequence of the group."""
         seqs, num_heads, dim = q.shape
         pairs = seqs * self._num_kv_heads
-        gathered = scratch.take(self._planes * pairs * self._keys * dim, q).view(self._gather.shape[0], -1)
-        torch.index_select(block_rows, 0, self._gather, out=gathered)
-        planes = gathered.view(self._planes, pairs, self._keys, dim)
+        planes = rows.gather(self._gather, q.dtype).view(self._planes, pairs, self._keys, dim)
         k, v = planes[0], planes[-1]
         grouped = q.reshape(pairs, num_heads // self._num_kv_heads, dim)
-        if softcap is None:
-            scores = torch.baddbmm(self._mask, grouped, k.transpose(1, 2), alpha=scale)
+        if how.softcap is None:
+            scores = torch.baddbmm(self._mask, grouped, k.transpose(1, 2), alpha=how.scale)
         else:
-            scores = _capped(torch.bmm(grouped, k.transpose(1, 2)), scale, softcap) + self._mask
-        if sinks is not None:
-            sinks = sinks.expand(seqs, -1, -1).reshape(pairs, -1)
+            scores = _capped(torch.bmm(grouped, k.transpose(1, 2)), how.scale, how.softcap) + self._mask
+        sinks = None if how.sinks is None else how.sinks.expand(seqs, -1, -1).reshape(pairs, -1)
         return torch.bmm(_softmax(scores, sinks), v).view(seqs, num_heads, dim)
 
-    def attend_into(
-        self,
-        out: Tensor,
-        q: Tensor,
-        block_rows: Tensor,
-        scratch: Scratch,
-        scale: float,
-        sinks: Tensor | None,
-        softcap: float | None,
-    ) -> None:
-        own = self.attend(q.index_select(0, self._rows), block_rows, scratch, scale, sinks, softcap)
+    def attend_into(self, out: Tensor, q: Tensor, rows: _LayerRows, how: _Scores) -> None:
+        own = self.attend(q.index_select(0, self._rows), rows, how)
         out.index_copy_(0, self._rows, own)
 
 
@@ -309,63 +288,42 @@ class _Chunk:
         self._planes, self._num_kv_heads = plan._planes, plan.num_kv_heads
         self._no_bias = torch.zeros((1, 1, 1), dtype=q.dtype, device=q.device)
 
-    def attend(
-        self,
-        q: Tensor,
-        block_rows: Tensor,
-        scratch: Scratch,
-        scale: float,
-        sinks: Tensor | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, q: Tensor, rows: _LayerRows, how: _Scores) -> Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        self.attend_into(out, q, block_rows, scratch, scale, sinks, softcap)
+        self.attend_into(out, q, rows, how)
         return out
 
-    def attend_into(
-        self,
-        out: Tensor,
-        q: Tensor,
-        block_rows: Tensor,
-        scratch: Scratch,
-        scale: float,
-        sinks: Tensor | None,
-        softcap: float | None,
-    ) -> None:
+    def attend_into(self, out: Tensor, q: Tensor, rows: _LayerRows, how: _Scores) -> None:
         heads, (_, num_heads, dim) = self._num_kv_heads, q.shape
         group = num_heads // heads
-        gathered = scratch.take(self._gather.shape[0] * block_rows.shape[1], q)
-        gathered = gathered.view(self._gather.shape[0], -1)
-        torch.index_select(block_rows, 0, self._gather, out=gathered)
-        planes = gathered.view(self._planes, heads, -1, dim)
+        planes = rows.gather(self._gather, q.dtype).view(self._planes, heads, -1, dim)
         k, v = planes[0], planes[-1]
         # [heads, tokens * group, D]: the rows of one tile stay together under every KV head
         queries = q[self._start : self._end].reshape(-1, heads, group * dim).transpose(0, 1)
         queries = queries.reshape(heads, -1, dim)
         for tile in self._tiles:
             n = tile.end - tile.start
-            rows = queries[:, tile.start * group : tile.end * group]
+            of_tile = queries[:, tile.start * group : tile.end * group]
             keys = k[:, tile.first : tile.last].transpose(1, 2)
-            if softcap is None:
-                scores = torch.baddbmm(self._no_bias, rows, keys, beta=0, alpha=scale)
+            if how.softcap is None:
+                scores = torch.baddbmm(self._no_bias, of_tile, keys, beta=0, alpha=how.scale)
             else:
-                scores = _capped(torch.bmm(rows, keys), scale, softcap)
+                scores = _capped(torch.bmm(of_tile, keys), how.scale, how.softcap)
             by_token = scores.view(heads, n, group, -1)
             if tile.causal is not None:
                 by_token[..., -n:] += tile.causal
             if tile.expired is not None:
                 by_token[..., :n] += tile.expired
-            tile_sinks = (
-                None if sinks is None else sinks.repeat(1, n)
-            )  # as the rows: tokens, then a token's heads
-            seen = torch.bmm(_softmax(scores, tile_sinks), v[:, tile.first : tile.last])
+            # As the rows: tokens, then a token's heads.
+            sinks = None if how.sinks is None else how.sinks.repeat(1, n)
+            seen = torch.bmm(_softmax(scores, sinks), v[:, tile.first : tile.last])
             target = out[self._start + tile.start : self._start + tile.end].view(n, heads, group * dim)
             target.copy_(seen.view(heads, n, group * dim).transpose(0, 1))
 
 
 def paged_attention(
     q: Tensor,
-    kv_cache: Tensor,
+    cache: PagedKv,
     layer: int,
     step: AttentionStep,
     scale: float,
@@ -378,4 +336,4 @@ def paged_attention(
     Causal, grouped-query; with a `window` a token sees the last `window` positions, its own included. This step's
     keys and values must be in the cache. A model builds one `AttentionPlan` per step instead.
     """
-    return AttentionPlan(step, kv_cache).attend(q, layer, scale, window, sinks, softcap)
+    return AttentionPlan(step, cache).attend(q, layer, scale, window, sinks, softcap)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kernels import reference_attention
 from kernels.attention_step import AttentionStep
+from kernels.paged_kv import PagedKv
 from kernels.reference import AttentionPlan, Scratch, paged_attention
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -92,7 +93,7 @@ def dense(
 
 
 def check(case: Case, dtype: torch.dtype, layer: int, window: int | None) -> None:
-    got = paged_attention(case.q, case.cache, layer, case.step, 0.3, window)
+    got = paged_attention(case.q, PagedKv.of(case.cache), layer, case.step, 0.3, window)
     assert got.dtype == dtype
     torch.testing.assert_close(
         got.double(), dense(case, 0.3, window), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
@@ -131,7 +132,7 @@ def test_head_groups_and_block_sizes(shape: Shape, window: int | None) -> None:
 def test_sinks(seqs: list[tuple[int, int]], window: int | None, dtype: torch.dtype) -> None:
     torch.manual_seed(4)
     case, sinks = make(seqs, Shape(6, 2), dtype, layer=1), torch.randn(6).to(dtype)
-    got = paged_attention(case.q, case.cache, 1, case.step, 0.3, window, sinks)
+    got = paged_attention(case.q, PagedKv.of(case.cache), 1, case.step, 0.3, window, sinks)
     expected = dense(case, 0.3, window, sinks)
     torch.testing.assert_close(got.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
@@ -142,7 +143,7 @@ def test_sinks(seqs: list[tuple[int, int]], window: int | None, dtype: torch.dty
 def test_softcap(seqs: list[tuple[int, int]], window: int | None, dtype: torch.dtype) -> None:
     torch.manual_seed(6)
     case = make(seqs, Shape(6, 2), dtype, layer=1)
-    got = paged_attention(case.q, case.cache, 1, case.step, 0.3, window, softcap=0.8)
+    got = paged_attention(case.q, PagedKv.of(case.cache), 1, case.step, 0.3, window, softcap=0.8)
     expected = dense(case, 0.3, window, softcap=0.8)
     torch.testing.assert_close(got.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
@@ -153,7 +154,7 @@ def test_one_plane_whose_rows_are_keys_and_values(seqs: list[tuple[int, int]]) -
     case = make(seqs, Shape(4, 1), torch.float32, layer=1)
     one = Case(case.q, case.keys, case.keys, case.cache[:, :, :1].contiguous(), case.step)
     check(one, torch.float32, 1, None)
-    plan = AttentionPlan(one.step, one.cache)
+    plan = AttentionPlan(one.step, PagedKv.of(one.cache))
     rows = torch.randn(one.q.shape[0], 8)
     before = one.cache.clone()
     plan.write_latents(0, rows)
@@ -209,7 +210,7 @@ def test_very_different_lengths_are_not_padded_to_the_longest() -> None:
 def test_one_plan_serves_every_layer_and_window() -> None:
     torch.manual_seed(4)
     case = make(BATCHES["mixed"], Shape(), torch.float32, layer=1)
-    plan = AttentionPlan(case.step, case.cache, Scratch())
+    plan = AttentionPlan(case.step, PagedKv.of(case.cache), Scratch())
     for window in (None, 5, None):
         got = plan.attend(case.q, 1, 0.3, window)
         torch.testing.assert_close(got.double(), dense(case, 0.3, window), rtol=1e-5, atol=1e-5)

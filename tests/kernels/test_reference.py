@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels import reference
+from kernels.paged_kv import PagedKv
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 dtypes = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -81,7 +82,7 @@ def test_plan_writes_what_write_kv_writes() -> None:
     slots = torch.tensor([5, 0, 23, 14])
     k, v = torch.randn(4, 2, 8), torch.randn(4, 2, 8)
     step = reference.AttentionStep.of([0, 4], [4], torch.zeros(1, 1, dtype=torch.int64), slots)
-    plan = reference.AttentionPlan(step, other)
+    plan = reference.AttentionPlan(step, PagedKv.of(other))
     for layer in range(3):
         reference.write_kv(one, layer, k + layer, v - layer, slots)
         plan.write(layer, k + layer, v - layer)

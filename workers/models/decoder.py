@@ -5,18 +5,19 @@ Token ids in, hidden states and logits out. A layer is built with the callables 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.attention_step import AttentionStep
+from kernels.paged_kv import PagedKv
+from kernels.reference_relayout import Wire
 from workers.models.attention_layer import AttentionLayer, GroupedAttentionLayer
 from workers.models.checkpoint import read_json
 from workers.models.head import Head
+from workers.models.kv_cache import new_kv_cache
 from workers.models.layer_weights import LatentAttention, SparseMlp
 from workers.models.mla import LatentAttentionLayer
 from workers.models.moe import DenseMlp, LocalExperts, MakeExperts, SparseLayer, local_experts
@@ -36,10 +37,11 @@ def load_decoder(
     max_positions: int | None = None,
     make_experts: MakeExperts = local_experts,
     ops: Ops | None = None,
+    kv_wire: Wire | None = None,
 ) -> Decoder:
     """Read a model directory (config.json + safetensors). Raises ModelError."""
     spec = DecoderSpec.from_config(read_json(path / "config.json"))
-    return Decoder(spec, load_weights(path, spec, dtype, device), max_positions, make_experts, ops)
+    return Decoder(spec, load_weights(path, spec, dtype, device), max_positions, make_experts, ops, kv_wire)
 
 
 class Decoder:
@@ -52,13 +54,15 @@ class Decoder:
         max_positions: int | None = None,
         make_experts: MakeExperts = local_experts,
         ops: Ops | None = None,
+        kv_wire: Wire | None = None,
     ) -> None:
-        """`max_positions` in tokens bounds the positions; None: the model's own. `ops`: None for eager torch.
+        """`max_positions` in tokens bounds the positions; None: the model's own. `ops`: None for eager torch. `kv_wire`:
+        the form of the KV cache; None: floats of the weights' dtype.
 
         Reads `weights.layers` once.
         """
         self.ops = ops or torch_ops()
-        self.spec = spec
+        self.spec, self.kv_wire = spec, kv_wire
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
         self.max_positions = max_positions or spec.max_position
@@ -69,10 +73,10 @@ class Decoder:
         self._head = Head(weights.head)
 
     def new_kv_cache(self, num_blocks: int, block_size: int, pages: Tensor | None = None) -> Tensor:
-        """A zeroed cache in canonical layout, see `kernels.reference`; in `pages`, uint8 zeros, when given."""
+        """A zeroed cache, see kernels/paged_kv.py; in `pages`, uint8 zeros, when given."""
         spec = self.spec
         shape = (num_blocks, spec.num_layers, spec.kv_planes, spec.num_kv_heads, block_size, spec.head_dim)
-        return zeroed_kv_cache(shape, self.dtype, self.device, pages)
+        return new_kv_cache(shape, self.dtype, self.kv_wire, self.device, pages)
 
     @torch.inference_mode()
     def forward(
@@ -88,7 +92,8 @@ class Decoder:
         token_ids, positions: int64 [T], positions below max_positions. Returns the hidden states after the final norm,
         [T, hidden], or of `rows` (int64 [R]) only, [R, hidden]. With `rows` the last layer's MLP runs on them alone.
         """
-        attention = self.ops.attention(kv_cache, step, self._rope, positions)
+        cache = PagedKv.held_in(kv_cache, self.spec.head_dim, self.kv_wire)
+        attention = self.ops.attention(cache, step, self._rope, positions)
         # The residual stream is float32: its sums over all layers are where 16 bits lose most.
         x = self._embedding.index_select(0, token_ids).float()
         added: Tensor | None = None  # what a layer's MLP gives is added by the norm that follows
@@ -153,19 +158,3 @@ def _layers(
             mlp = DenseMlp(layer.mlp, ops)
         layers.append(_Layer(spec, layer, attention, mlp, ops))
     return layers
-
-
-def zeroed_kv_cache(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pages: Tensor | None
-) -> Tensor:
-    """In `pages`, uint8 zeros, when given. Not garbage, because padding is read and masked, and 0 * NaN is still NaN.
-
-    On a CPU the pages come from the kernel as zeros and cost no memory before a block is used: torch.zeros would
-    write all of them at once.
-    """
-    if pages is not None:
-        return pages.view(dtype).view(shape)
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    own = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(own).view(dtype).view(shape)

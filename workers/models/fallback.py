@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from kernels.attention_step import AttentionStep
+from kernels.paged_kv import PagedKv
 from kernels.reference import AttentionPlan, Scratch
-from workers.models.decoder import zeroed_kv_cache
 from workers.models.errors import ModelError
 from workers.models.fallback_attention import NAME, Layer, Slot, Step, Trial, install, register
 from workers.models.fallback_spec import UNREADABLE, FallbackSpec
+from workers.models.kv_cache import new_kv_cache
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class FallbackModel:
     def new_kv_cache(self, num_blocks: int, block_size: int, pages: Tensor | None = None) -> Tensor:
         """A zeroed cache in canonical layout, see `kernels.reference`; in `pages`, uint8 zeros, when given."""
         shape = (num_blocks, self.num_layers, 2, self.num_kv_heads, block_size, self.head_dim)
-        return zeroed_kv_cache(shape, self.dtype, self.device, pages)
+        return new_kv_cache(shape, self.dtype, None, self.device, pages)
 
     @torch.inference_mode()
     def logits(
@@ -61,7 +62,7 @@ class FallbackModel:
 
         token_ids, positions: int64 [T], positions below spec.max_position. rows: int64 [R], of which logits are wanted.
         """
-        paged = Step(self._layers, AttentionPlan(step, kv_cache, self._scratch), kv_cache)
+        paged = Step(self._layers, AttentionPlan(step, PagedKv.of(kv_cache), self._scratch), kv_cache)
         with self._slot.holding(paged):
             return _forward(self.module, token_ids, positions, rows).float()
 

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.attention_step import AttentionStep, HeadNorms
+from kernels.paged_kv import PagedKv
 from kernels.reference import rms_norm, rope_rotate, silu_mul
-from kernels.reference_attention import AttentionPlan, Scratch
+from kernels.reference_attention import AttentionPlan
 from kernels.reference_moe import Routing, clamped_swiglu, combine, grouped_mlp, permute, route
+from kernels.reference_rows import Scratch
 from workers.models.rope import RopeTable
 
 Biases = tuple[Tensor, Tensor] | None  # of gate_up [E, 2 * I] and down [E, H]
@@ -59,7 +61,7 @@ class Ops(Protocol):
         """For the log and the status: "torch" or "triton"."""
 
     def attention(
-        self, kv_cache: Tensor, step: AttentionStep, rope: RopeTable | None, positions: Tensor
+        self, cache: PagedKv, step: AttentionStep, rope: RopeTable | None, positions: Tensor
     ) -> Attention:
         """Made once per step. positions int64 [T], rows of `rope`; None: nothing is rotated, only `write` and `attend`."""
 
@@ -107,9 +109,9 @@ class _TorchOps:
         self._scratch = Scratch()
 
     def attention(
-        self, kv_cache: Tensor, step: AttentionStep, rope: RopeTable | None, positions: Tensor
+        self, cache: PagedKv, step: AttentionStep, rope: RopeTable | None, positions: Tensor
     ) -> Attention:
-        return _TorchAttention(AttentionPlan(step, kv_cache, self._scratch), rope, positions)
+        return _TorchAttention(AttentionPlan(step, cache, self._scratch), rope, positions)
 
     def add_rms_norm(
         self, residual: Tensor, added: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype

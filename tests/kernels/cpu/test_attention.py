@@ -16,6 +16,7 @@ from kernels.cpu.attention import PagedCache, attend, norm_rotate, split_keys, s
 from kernels.cpu.build import VARIANTS, runs_here
 from kernels.cpu.library import Library, load
 from kernels.cpu.structures import KvType
+from kernels.paged_kv import PagedKv
 
 HERE = [name for name, variant in VARIANTS.items() if runs_here(variant)]
 TYPES = list(KvType)
@@ -72,7 +73,7 @@ class Case:
         )
         kv = self.cache.values().double()
         scale = self.cache.head_dim**-0.5
-        return reference.paged_attention(self.q.double(), kv, self.layer, step, scale, window)
+        return reference.paged_attention(self.q.double(), PagedKv.of(kv), self.layer, step, scale, window)
 
     def check(
         self, library: Library, window: int | None = None, slack: float = 0.0, **options: object

@@ -176,7 +176,7 @@ def test_one_plane_whose_rows_are_keys_and_values() -> None:
 def test_is_what_the_reference_gives() -> None:
     case = make(MIXED, Shape())
     sinks = torch.ones(6, device=DEVICE)
-    want = reference_attention(case.q, case.cache, LAYER, case.step, 0.3, 33, sinks, 3.0)
+    want = reference_attention(case.q, PagedKv.of(case.cache), LAYER, case.step, 0.3, 33, sinks, 3.0)
     got = paged_attention(
         case.q, PagedKv.of(case.cache), LAYER, case.step, 0.3, 33, sinks, softcap=3.0, tiling=SMALL
     )
