@@ -80,6 +80,10 @@ def check_shardable(spec: DecoderSpec, ranks: int) -> None:
                 f"{spec.architecture} with {count} {what} cannot be shared out evenly among {ranks} tensor-parallel "
                 f"ranks; tensor_parallel must divide {count}"
             )
+    if spec.vocab_size <= (ranks - 1) * -(-spec.vocab_size // ranks):
+        raise ModelError(
+            f"{spec.architecture}: {ranks} ranks have no rows of a vocabulary of {spec.vocab_size}"
+        )
     if spec.num_kv_heads % ranks and ranks % spec.num_kv_heads:
         raise ModelError(
             f"{spec.architecture} with {spec.num_kv_heads} KV heads cannot be shared out evenly among {ranks} "
