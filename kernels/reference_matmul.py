@@ -45,9 +45,10 @@ def quantize_rows(x: Tensor, format: RowFormat) -> tuple[Tensor, Tensor]:
     A row of zeros has scale 0.
     """
     values = x.float()
-    largest = values.abs().amax(1, keepdim=True)
-    scale = largest / LARGEST[format]
-    scaled = values * torch.where(largest > 0, LARGEST[format] / largest, 0)
+    amax = values.abs().amax(1, keepdim=True)
+    largest = torch.full_like(amax, LARGEST[format])  # divided by a number, torch multiplies by its inverse
+    scale = amax / largest
+    scaled = values * torch.where(amax > 0, largest / amax, 0)
     if format == "int8":
         return scaled.round().to(torch.int8), scale
     return scaled.to(torch.float8_e4m3fn), scale

@@ -6,7 +6,7 @@ import pytest
 import triton.language as tl
 
 from kernels.quantized_matrix import PAIR
-from kernels.triton import matmul
+from kernels.triton import dequantize, matmul, quantize_rows
 from tests.kernels.triton.gpu_builds import build
 
 OPERANDS = {"bf16": tl.bfloat16, "fp16": tl.float16}
@@ -66,3 +66,35 @@ def test_few_rows(architecture: int, dtype: str, name: str, group: int) -> None:
 @pytest.mark.parametrize(("name", "group"), [("int8", 0), ("int4", 64), ("floats", 0)])
 def test_more_rows(architecture: int, rows: int, name: str, group: int) -> None:
     assert "mma" in build_multiply(architecture, "bf16", name, group, split=False, columns=128, rows=rows)
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_what_surrounds_many_rows(architecture: int) -> None:
+    arguments = {
+        "x": "*bf16",
+        "q": "*u8",
+        "scale": "*fp32",
+        "width": "i32",
+        "stride": "i32",
+        "largest": "fp32",
+    }
+    for int8 in (True, False):
+        constants = {"INT8": int8, "BLOCK": 2048}
+        ptx = build(
+            quantize_rows._quantize_rows, architecture, arguments, constants, ("x", "q", "width", "stride")
+        )
+        assert "div.rn.f32" in ptx  # bit for bit as on a CPU
+        assert "ld.global.v" in ptx  # several values at a time
+    arguments = {
+        "sums": "*i32",
+        "row_scale": "*fp32",
+        "column_scale": "*fp32",
+        "bias": "*bf16",
+        "out": "*bf16",
+    }
+    build(quantize_rows._rescale, architecture, arguments | {"width": "i32"}, {"BIASED": True, "BLOCK": 2048})
+    for format, group in ((1, 0), (2, 64), (3, 128)):
+        arguments = {"q": "*u8", "scale": "*fp16", "minimum": "*fp16", "out": "*bf16"}
+        arguments |= dict.fromkeys(("n", "k", "width"), "i32")
+        constants = {"FORMAT": format, "GROUP": group, "HALF": PAIR, "ROWS": 16, "COLUMNS": 256}
+        build(dequantize._dequantize, architecture, arguments, constants, tuple(arguments))

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from kernels import reference_matmul as reference
 from kernels.quantized_matrix import QuantizedMatrix, pack_int4
+from kernels.triton.dequantize import dequantize
 from kernels.triton.matmul import Arrivals, Tiling, multiply
+from kernels.triton.quantize_rows import quantize_rows, rescale
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Of the largest result: what rounds are x's operands and the result.
@@ -105,3 +107,36 @@ def test_what_does_not_go_together_is_refused() -> None:
         multiply(normal(2, 64), normal(8, 64).half(), None, Tiling(), Arrivals(DEVICE))
     with pytest.raises(ValueError, match="there is room for 1"):
         multiply(normal(2, 1024), normal(80, 1024), None, Tiling(columns=32, splits=4), Arrivals(DEVICE, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("format", "group", "k"), [("int8", WHOLE, 300), ("int8", 32, 64), ("int4", 32, 352), ("fp8", 128, 320)]
+)
+def test_widened(dtype: torch.dtype, format: str, group: int, k: int) -> None:
+    matrix = quantized(format, 37, k, group, ordered=True)
+    got = dequantize(matrix, dtype)
+    assert matrix.order is not None
+    want = reference.dequantize(matrix)[:, matrix.order.long()]
+    # A GPU may fuse product and sum; the interpreter cuts bfloat16 off.
+    torch.testing.assert_close(
+        got, want.to(dtype), rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_activations(format: reference.RowFormat, dtype: torch.dtype) -> None:
+    x = normal(4, 3000, dtype=dtype) * 3
+    x[2] = 0
+    got, want = quantize_rows(x, format), reference.quantize_rows(x, format)
+    assert torch.equal(got[1], want[1])
+    assert torch.equal(got[0].view(torch.uint8), want[0].view(torch.uint8))
+
+
+def test_integer_sums_are_scaled_back() -> None:
+    sums = torch.randint(-9000, 9000, (3, 2100), generator=generator(5), dtype=torch.int32).to(DEVICE)
+    rows, columns, bias = normal(3, 1).abs(), normal(2100).abs(), normal(2100)
+    torch.testing.assert_close(rescale(sums, rows, columns, None, torch.float32), sums * rows * columns)
+    got = rescale(sums, rows, columns, bias, torch.float16)
+    torch.testing.assert_close(got, (sums * rows * columns + bias).half(), rtol=2e-3, atol=1e-3)
