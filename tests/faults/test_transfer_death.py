@@ -99,23 +99,32 @@ async def test_killed_at_any_moment(nursery: Nursery, road: str, victim: str) ->
 @pytest.mark.parametrize("road", ROADS)
 async def test_stopped_for_longer_than_anybody_waits(nursery: Nursery, road: str, stalled: str) -> None:
     """SIGSTOP in the middle; the other side gives up and uses its blocks anew; SIGCONT: the late copy counts nowhere."""
-    rng = random.Random(stalled + road)
     p = await Process(nursery, "p", num_blocks=70, **way(road)).start()
     d = await Process(nursery, "d", num_blocks=70, **way(road)).start()
     victim = p if stalled == "sender" else d
     lost = 0
-    for i in range(2):
-        under_way = [asyncio.ensure_future(hand_over(p, d, f"r{i}-{j}", [i, j, *PROMPT])) for j in range(3)]
-        await asyncio.sleep(rng.random() * 0.02)
+
+    async def three(i: int) -> list[Any]:
+        return await asyncio.gather(*(hand_over(p, d, f"r{i}-{j}", [i, j, *PROMPT]) for j in range(3)))
+
+    await three(0)  # opens the way
+    began = time.monotonic()
+    await three(1)
+    took_s = time.monotonic() - began
+    i = 2
+    while i < 4 or not lost:  # a signal may come too late for all three, but not every time
+        under_way = asyncio.ensure_future(three(i))
+        await asyncio.sleep(took_s * (i % 3) / 3)
         victim.signal(signal.SIGSTOP)
         await asyncio.sleep(0.9)
         victim.signal(signal.SIGCONT)
-        for landed, _ in await asyncio.wait_for(asyncio.gather(*under_way), 10):
+        for landed, _ in await asyncio.wait_for(under_way, 20):
             assert landed["right"] or landed["reason"]
             lost += not landed["right"]
-        landed, left = await asyncio.wait_for(hand_over(p, d, f"next{i}", [9, i, *PROMPT]), 5)
+        landed, left = await asyncio.wait_for(hand_over(p, d, f"next{i}", [9, i, *PROMPT]), 20)
         assert landed["right"], "the two find a new way"
         assert left["code"] is None
+        i += 1
     assert not d.wrong
     await asyncio.gather(p.at_rest(), d.at_rest())
     await asyncio.gather(p.kill(), d.kill())
