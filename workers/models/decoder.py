@@ -16,6 +16,7 @@ from kernels.paged_kv import PagedKv
 from kernels.reference_relayout import Wire
 from workers.models.attention_layer import AttentionLayer, GroupedAttentionLayer
 from workers.models.checkpoint import read_json
+from workers.models.embedding import Embedding
 from workers.models.head import Head
 from workers.models.kv_cache import new_kv_cache
 from workers.models.layer_weights import LatentAttention, SparseMlp
@@ -23,8 +24,10 @@ from workers.models.mla import LatentAttentionLayer
 from workers.models.moe import DenseMlp, LocalExperts, MakeExperts, SparseLayer, local_experts
 from workers.models.ops import Attention, Ops, torch_ops
 from workers.models.rope import RopeTable
+from workers.models.sharding import sharded
 from workers.models.spec import DecoderSpec
 from workers.models.weights import DecoderWeights, LayerWeights, load_weights
+from workers.parallel.collectives import ALONE, Parallel
 
 # (x [T, hidden], normed; slots int64 [T], below 0: a row that fills up) -> [T, hidden], float32 where it sums experts
 MlpLayer = Callable[[Tensor, Tensor], Tensor]
@@ -38,10 +41,12 @@ def load_decoder(
     make_experts: MakeExperts = local_experts,
     ops: Ops | None = None,
     kv_wire: Wire | None = None,
+    parallel: Parallel = ALONE,
 ) -> Decoder:
     """Read a model directory (config.json + safetensors). Raises ModelError."""
     spec = DecoderSpec.from_config(read_json(path / "config.json"))
-    return Decoder(spec, load_weights(path, spec, dtype, device), max_positions, make_experts, ops, kv_wire)
+    weights = load_weights(path, spec, dtype, device, shard=parallel.shard)
+    return Decoder(spec, weights, max_positions, make_experts, ops, kv_wire, parallel)
 
 
 class Decoder:
@@ -55,26 +60,28 @@ class Decoder:
         make_experts: MakeExperts = local_experts,
         ops: Ops | None = None,
         kv_wire: Wire | None = None,
+        parallel: Parallel = ALONE,
     ) -> None:
         """`max_positions` in tokens bounds the positions; None: the model's own. `ops`: None for eager torch. `kv_wire`:
         the form of the KV cache; None: floats of the weights' dtype.
 
-        Reads `weights.layers` once.
+        `spec` is the whole model's, `weights`, read once, what this rank of `parallel` has of it.
         """
         self.ops = ops or torch_ops()
         self.spec, self.kv_wire = spec, kv_wire
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
         self.max_positions = max_positions or spec.max_position
-        self._embedding = weights.embedding
+        self._local = local = sharded(spec, parallel.shard)
+        self._embed = Embedding(weights.embedding, spec.vocab_size, parallel)
         self._rope = RopeTable(spec.rope, spec.rope_dim, self.max_positions, self.dtype, self.device)
-        self._layers = _layers(spec, weights.layers, make_experts, self.ops)
+        self._layers = _layers(local, weights.layers, make_experts, self.ops, parallel)
         self._final_norm = weights.final_norm.float()
-        self._head = Head(weights.head)
+        self._head = Head(weights.head, spec.vocab_size, parallel)
 
     def new_kv_cache(self, num_blocks: int, block_size: int, pages: Tensor | None = None) -> Tensor:
-        """A zeroed cache, see kernels/paged_kv.py; in `pages`, uint8 zeros, when given."""
-        spec = self.spec
+        """A zeroed cache of this rank's KV heads, see kernels/paged_kv.py; in `pages`, uint8 zeros, when given."""
+        spec = self._local
         shape = (num_blocks, spec.num_layers, spec.kv_planes, spec.num_kv_heads, block_size, spec.head_dim)
         return new_kv_cache(shape, self.dtype, self.kv_wire, self.device, pages)
 
@@ -94,8 +101,7 @@ class Decoder:
         """
         cache = PagedKv.held_in(kv_cache, self.spec.head_dim, self.kv_wire)
         attention = self.ops.attention(cache, step, self._rope, positions)
-        # The residual stream is float32: its sums over all layers are where 16 bits lose most.
-        x = self._embedding.index_select(0, token_ids).float()
+        x = self._embed(token_ids)
         added: Tensor | None = None  # what a layer's MLP gives is added by the norm that follows
         for layer in self._layers[:-1]:
             x, added = layer(x, added, attention, step.slots, None)
@@ -104,7 +110,7 @@ class Decoder:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """[R, hidden] after the final norm -> float32 [R, vocab]."""
+        """[R, hidden] after the final norm -> float32 [R, vocab], of the whole vocabulary on every rank."""
         return self._head(hidden)
 
     def expert_counts(self) -> Tensor:
@@ -120,9 +126,16 @@ class Decoder:
 
 class _Layer:
     def __init__(
-        self, spec: DecoderSpec, weights: LayerWeights, attention: AttentionLayer, mlp: MlpLayer, ops: Ops
+        self,
+        spec: DecoderSpec,
+        weights: LayerWeights,
+        attention: AttentionLayer,
+        mlp: MlpLayer,
+        ops: Ops,
+        parallel: Parallel,
     ) -> None:
         self.mlp = mlp
+        self._sum = parallel.all_reduce
         self._attention = attention
         self._norm, self._eps, self._dtype = ops.add_rms_norm, spec.norm_eps, weights.input_norm.dtype
         self._input_norm, self._mlp_norm = weights.input_norm.float(), weights.mlp_norm.float()
@@ -135,13 +148,19 @@ class _Layer:
         seen = self._attention.attend(normed, attention)
         if rows is not None:
             x, seen, slots = (part.index_select(0, rows) for part in (x, seen, slots))
-        normed = self._norm(x, self._attention.output(seen), self._mlp_norm, self._eps, self._dtype)
-        return x, self.mlp(normed, slots)
+        added = self._sum(self._attention.output(seen))
+        normed = self._norm(x, added, self._mlp_norm, self._eps, self._dtype)
+        return x, self._sum(self.mlp(normed, slots))
 
 
 def _layers(
-    spec: DecoderSpec, weights: Iterable[LayerWeights], make_experts: MakeExperts, ops: Ops
+    spec: DecoderSpec,
+    weights: Iterable[LayerWeights],
+    make_experts: MakeExperts,
+    ops: Ops,
+    parallel: Parallel,
 ) -> list[_Layer]:
+    """`spec`: of this rank."""
     layers, sparse = [], 0
     for index, layer in enumerate(weights):
         attention: AttentionLayer
@@ -156,5 +175,5 @@ def _layers(
             sparse += 1
         else:
             mlp = DenseMlp(layer.mlp, ops)
-        layers.append(_Layer(spec, layer, attention, mlp, ops))
+        layers.append(_Layer(spec, layer, attention, mlp, ops, parallel))
     return layers
