@@ -11,6 +11,7 @@ from workers.protocol.messages import Compression, Road, Role
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Kernels = Literal["auto", "torch", "portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_soft"]
+KvCacheDtype = Literal["auto", "int8", "fp8"]
 Quantization = Literal["auto", "none", "stored", "int8", "int4"]
 
 
@@ -56,8 +57,9 @@ class EngineConfig(Section):
         description="of the weights; auto: as GPTQ, AWQ and the like store them, floats else (GGUF too); stored: "
         "as the checkpoint has them, GGUF too",
     )
-    kv_cache_dtype: Literal["auto", "int8"] = Field(
-        "auto", description="auto: as dtype; int8 halves its memory"
+    kv_cache_dtype: KvCacheDtype = Field(
+        "auto",
+        description="auto: as dtype; int8, fp8: half the memory of 16 bits, at some loss; fp8 needs a GPU or kernels torch",
     )
     weights_memory: Literal["mmap", "huge"] = Field(
         "mmap",

@@ -22,6 +22,7 @@ from workers.models.catalog import PreparedModel
 from workers.models.checkpoint import read_json
 from workers.models.errors import NotHere
 from workers.models.fallback_spec import FallbackSpec, read_spec
+from workers.models.kv_cache import wire_of
 from workers.models.moe import MakeExperts, local_experts
 from workers.models.spec import DecoderSpec
 from workers.protocol.messages import KvLayout
@@ -129,9 +130,11 @@ class TorchBackend:
             torch.set_num_threads(config.num_threads)
         dtype = choose_dtype(config.dtype)
         make = local_experts if experts is None else _spread(experts, config, model, dtype, device)
-        self._decoder = load_decoder(model.path, dtype, device, model.max_model_len, make)
+        wire = wire_of(config.kv_cache_dtype)
+        self._decoder = load_decoder(model.path, dtype, device, model.max_model_len, make, kv_wire=wire)
         self._sampler = Sampler(frozenset(model.eos_token_ids))
-        self.layout = kv_layout(self._decoder.spec, config.block_size, _name(dtype), model.fingerprint)
+        stored = wire or _name(dtype)
+        self.layout = kv_layout(self._decoder.spec, config.block_size, stored, model.fingerprint)
 
     def runner(self, num_blocks: int, share_kv: bool = False) -> Runner:
         return TorchRunner(self._decoder, self._sampler, self.layout, num_blocks, share_kv)
@@ -158,15 +161,17 @@ def _name(dtype: torch.dtype) -> str:
 
 def _only_native(config: EngineConfig) -> str | None:
     """The setting that torch cannot heed, if there is one."""
-    if config.kv_cache_dtype == "int8":
-        return "engine.kv_cache_dtype int8"
     if config.quantization in ("int8", "int4"):
         return f"engine.quantization {config.quantization}"
     return None
 
 
 def kv_layout(spec: DecoderSpec, block_size: int, dtype: str, fingerprint: str) -> KvLayout:
-    """Raises ValueError for a block size that the model's cache cannot have."""
+    """Raises ValueError for a block size or dtype that the model's cache cannot have."""
+    if dtype in ("int8", "fp8") and spec.head_dim % 4:
+        raise ValueError(
+            f"engine.kv_cache_dtype is {dtype}: heads must be of a multiple of 4 values, this model's are of {spec.head_dim}"
+        )
     if spec.kv_planes == 1 and block_size % 2:
         raise ValueError(
             f"engine.block_size is {block_size}; for a model with latent attention it must be even"

@@ -58,6 +58,10 @@ class NativeBackend:
             raise NotHere(
                 f"heads of {spec.head_dim} in KV blocks of {config.block_size} tokens are not supported"
             )
+        if config.kv_cache_dtype == "fp8":
+            raise ValueError(
+                "engine.kv_cache_dtype is fp8, which needs a GPU or engine.kernels torch; native CPU kernels have int8"
+            )
         _check_cores(config.cpus)
         threads = config.num_threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(threads)  # weights are quantized by as many threads as torch has

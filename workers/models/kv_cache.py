@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 
 from kernels.reference_relayout import Wire
+from workers.config import KvCacheDtype
+
+
+def wire_of(kv_cache_dtype: KvCacheDtype) -> Wire | None:
+    """None: floats."""
+    return None if kv_cache_dtype == "auto" else kv_cache_dtype
 
 
 def new_kv_cache(

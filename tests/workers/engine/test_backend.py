@@ -67,9 +67,7 @@ def test_torch_that_was_asked_for_needs_no_word(
     assert not caplog.records
 
 
-@pytest.mark.parametrize(
-    "settings", [{"quantization": "int8"}, {"quantization": "int4"}, {"kv_cache_dtype": "int8"}]
-)
+@pytest.mark.parametrize("settings", [{"quantization": "int8"}, {"quantization": "int4"}])
 def test_what_torch_cannot_do_is_refused_with_the_reason(
     model: PreparedModel, no_compiler: None, caplog: pytest.LogCaptureFixture, settings: dict[str, str]
 ) -> None:
