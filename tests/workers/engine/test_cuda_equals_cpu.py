@@ -22,7 +22,8 @@ from workers.models.random_model import write_random_model
 from workers.protocol.messages import Sampling
 
 FAMILIES = (
-    "llama mistral qwen2 qwen3 mixtral qwen2_moe qwen3_moe olmoe deepseek_v2 deepseek_v3 gpt_oss".split()
+    *("llama", "mistral", "qwen2", "qwen3"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss"),
 )
 FALLBACKS = ("gemma2", "phi3")
 TOKENS = 12
@@ -40,7 +41,7 @@ def prompts(vocab_size: int, seed: int = 0) -> list[list[int]]:
     rng = random.Random(seed)
     found = [rng.choices(range(3, vocab_size), k=length) for length in (1, 15, 16, 17, 33, 90)]
     shared = rng.choices(range(3, vocab_size), k=48)
-    return [*found, shared + [5, 6, 7], shared + [9]]
+    return [*found, [*shared, 5, 6, 7], [*shared, 9]]
 
 
 def samplings(number: int) -> list[Sampling]:
