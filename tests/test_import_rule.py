@@ -26,6 +26,7 @@ PURE = (
     "workers/engine/pace.py",
     "workers/engine/fill.py",
     "workers/engine/pending.py",
+    "workers/gpu/buckets.py",
     "workers/prefix_loader.py",
     "workers/tiers/block_file.py",
     "workers/tiers/chain_lru.py",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kernels.sampling import _NOISE_SPAN
-from kernels.triton import sampling, sampling_cut
+from kernels.triton import sampling, sampling_cut, step_inputs
 from tests.kernels.triton.gpu_builds import build
 
 SIZES = {"vocab": "i32", "stride": "i32"}
@@ -36,3 +36,10 @@ def test_cuts(architecture: int, filtered: bool) -> None:
     constants = PIECE | {"SPAN": _NOISE_SPAN, "FILTERED": filtered, "ROOM": 8192, "PIECES": 32}
     arguments = params | found | sums | SIZES | {"pieces": "i32"}
     build(sampling_cut._find_cut, architecture, arguments, constants, num_warps=8)
+
+
+@pytest.mark.parametrize("architecture", [90, pytest.param(80, marks=pytest.mark.slow)])
+def test_step_inputs(architecture: int) -> None:
+    arrays = {"token_ids": "*i64", "carried": "*i32", "sampled": "*i64", "packed": "*i32", "width": "*i32"}
+    sizes = {"tables": "*i32", "num_tokens": "i32", "num_seqs": "i32", "table_width": "i32"}
+    build(step_inputs._place, architecture, arrays | sizes, {"PIECE": 1024})

@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import reference_step_inputs
 from kernels.sampling import gumbel_noise, sample
+from kernels.triton import step_inputs
 from kernels.triton.sampling import NOT_A_NUMBER, SamplingRows, sample_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -179,3 +181,26 @@ def test_what_does_not_fit_is_said() -> None:
         sample_rows(torch.zeros(2, 8, device=DEVICE), rows)
     none = SamplingRows.of([], [], [], [], [], [], DEVICE)
     assert sample_rows(torch.zeros(0, 8, device=DEVICE), none).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seqs", "live", "table_width"),
+    [(1, 1, 1, 1), (5, 5, 3, 70), (1500, 7, 33, 33), (40, 3, 1100, 2100)],
+)
+def test_step_inputs(tokens: int, seqs: int, live: int, table_width: int) -> None:
+    """Tokens of the step before and tables spread to full width, between whose rows nothing else is written."""
+    rng = torch.Generator().manual_seed(tokens)
+    carried = torch.randint(-3, 9, (tokens,), generator=rng, dtype=torch.int32).clamp_min(-1)
+    sampled = torch.randint(-1, 50, (9,), generator=rng)
+    packed = torch.randint(1, 99, (seqs * live + 5,), generator=rng, dtype=torch.int32)
+    results = []
+    for place_inputs in (reference_step_inputs.place_inputs, step_inputs.place_inputs):
+        token_ids = torch.arange(tokens, device=DEVICE)
+        tables = torch.full((seqs + 1, table_width), 7, dtype=torch.int32, device=DEVICE)
+        given = [
+            one.to(DEVICE) for one in (carried, sampled, packed, torch.tensor([live], dtype=torch.int32))
+        ]
+        place_inputs(token_ids, *given, tables[:seqs])
+        results.append((token_ids.tolist(), tables.tolist()))
+    assert results[0] == results[1]
+    assert results[0][1][seqs] == [7] * table_width

@@ -1,0 +1,235 @@
+"""Steps on a torch device: inputs in persistent buffers, graphs where the step has the size of one, tokens that stay.
+
+What a step asks of the device is queued, in this order: its inputs, the forward pass up to the best token of each row
+(one graph, or one launch after another), sampling where somebody wants more than the best token, the way of the tokens to
+the host, a mark. `wait` waits for the mark, and nothing else waits for anything. The next step may be queued before: the
+tokens that it needs of this one are taken on the device.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels import reference_step_inputs
+from kernels.attention_step import AttentionStep
+from kernels.cpu.decoder import StepArrays
+from workers.device_memory import DevicePages
+from workers.engine.pending import Pending, Ready
+from workers.engine.plan import Sampled
+from workers.engine.step_input import StepInput
+from workers.gpu.buckets import Buckets, Shape
+from workers.gpu.buffers import StagedStep, StepBuffers
+from workers.gpu.device import Device, Mark
+from workers.gpu.graphs import Body, Captured, Graphs, capture_all
+from workers.gpu.sampler import DeviceSampler, Results, choose_best
+from workers.gpu.split import split
+from workers.parallel.collectives import ALONE, Parallel
+from workers.shared_memory import SharedPages
+
+logger = logging.getLogger(__name__)
+
+PlaceInputs = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+
+
+class Model(Protocol):
+    """workers.models.decoder.Decoder, or whatever computes in its place."""
+
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, kv_cache: Tensor, step: AttentionStep, rows: Tensor
+    ) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+
+class DeviceRunner:
+    """`submit` is called by one thread, and by it alone."""
+
+    def __init__(
+        self,
+        model: Model,
+        kv_cache: Tensor,
+        sampler: DeviceSampler,
+        buffers: StepBuffers,
+        device: Device,
+        *,
+        kernels: str,
+        weights: str,
+        vocab_size: int,
+        max_model_len: int,
+        max_tokens: int,
+        shared: SharedPages | DevicePages | None = None,
+        overlaps: bool = False,
+        parallel: Parallel = ALONE,
+        place_inputs: PlaceInputs = reference_step_inputs.place_inputs,
+    ) -> None:
+        """`kernels`, `weights`: their names. `max_tokens`: of a step, and so of its samples. `parallel`: of the ranks that
+        compute the model together rank 0 alone samples, the others' steps come without samples."""
+        self.device, self.kv_cache, self.shared = device.device, kv_cache, shared
+        self.kernels, self.weights, self.overlaps = kernels, weights, overlaps
+        self.captured = Captured.nothing()
+        self._model, self._sampler, self._buffers, self._queue = model, sampler, buffers, device
+        self._vocab_size, self._max_model_len = vocab_size, max_model_len
+        self._place_inputs, self._parallel = place_inputs, parallel
+        self._buckets = Buckets([], [])
+        self._logits = torch.empty((0, vocab_size), device=self.device)  # of captured steps
+        self._tokens = torch.zeros(max_tokens, dtype=torch.int64, device=self.device)  # sampled last
+        self._most_tokens = max_tokens  # of a step that is run whole
+
+    @torch.inference_mode()
+    def capture(self, graphs: Graphs, buckets: Buckets) -> None:
+        """Steps of these shapes run in graphs from here on. Before the first step."""
+        shapes = buckets.all
+        rows = max((shape.rows for shape in shapes), default=0)
+        self._logits = torch.zeros((rows, self._vocab_size), device=self.device)
+        with self._queue.use():
+            self.captured = capture_all(graphs, shapes, self._body)
+        self._buckets = buckets
+
+    def watch_next(self) -> None:
+        return None
+
+    def run(self, step: StepInput) -> list[Sampled]:
+        return self.submit(step).wait()
+
+    def submit(self, step: StepInput) -> Pending:
+        """See workers.engine.backend.Runner. A step for which there is no memory is run in parts."""
+        tokens = len(step.arrays.token_ids)
+        shape = self._buckets.shape_for(tokens, len(step.arrays.lengths), len(step.arrays.rows))
+        if shape is None and tokens > self._most_tokens:
+            return self._submit_parts(step)
+        try:
+            return self._submit(step, shape)
+        except torch.OutOfMemoryError as error:
+            if tokens == 1 or not self._parallel.shard.whole:  # the other ranks would wait for ever
+                raise
+            self._make_do(tokens, error)
+        return self._submit_parts(step)
+
+    # --- a step -----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _submit(self, step: StepInput, shape: Shape | None) -> _Queued:
+        """`shape`: of its graph, if it has one."""
+        rows = len(step.arrays.rows)
+        with self._queue.use():
+            if shape is None:
+                logits = self._launch(step)
+            else:
+                self._buffers.send(step.arrays, step.carried, shape)
+                self.captured.graphs[shape]()
+                logits = self._logits[:rows]
+            results: Results = list
+            if rows and step.samples:
+                results = self._sampler(logits, self._tokens[:rows], step.samples)
+            if rows:
+                self._parallel.broadcast(self._tokens[:rows])
+            return _Queued(self._queue.mark(), results)
+
+    def _launch(self, step: StepInput) -> Tensor:
+        """One launch after another, at the step's own sizes. Logits [R, vocab]."""
+        arrays = step.arrays
+        rows = len(arrays.rows)
+        max_queries = int(np.diff(arrays.query_start).max())
+        # A chunk that samples nothing still ends in a row.
+        shape = Shape(len(arrays.token_ids), len(arrays.lengths), max(rows, 1), max_queries)
+        width = self._buffers.send(arrays, step.carried, shape)
+        staged = self._buffers.staged(shape)
+        if step.carried:
+            self._place(staged, self._buffers.tables[: shape.seqs])
+        tables = staged.packed_tables[: shape.seqs * width].view(shape.seqs, width)
+        hidden = self._forward(staged, staged.attention(tables, int(arrays.lengths.max())))
+        logits = self._model.logits(hidden)[:rows] if rows else self._logits[:0]
+        choose_best(logits, self._tokens[:rows])
+        return logits
+
+    def _body(self, shape: Shape) -> Body:
+        """What is captured of a step: everything between its inputs' arrival and the choice of the best tokens."""
+        buffers, tables = self._buffers, self._buffers.tables[: shape.seqs]
+        buffers.send(_NO_STEP, (), shape)  # a step of nothing, filled up: what is called before the capture
+        staged = buffers.staged(shape)
+        attention = staged.attention(tables, self._max_model_len)
+        logits, tokens = self._logits[: shape.rows], self._tokens[: shape.rows]
+
+        def body() -> None:
+            self._place(staged, tables)
+            logits.copy_(self._model.logits(self._forward(staged, attention)))
+            choose_best(logits, tokens)
+
+        return body
+
+    def _place(self, staged: StagedStep, tables: Tensor) -> None:
+        self._place_inputs(
+            staged.token_ids, staged.carried, self._tokens, staged.packed_tables, staged.width, tables
+        )
+
+    def _forward(self, staged: StagedStep, attention: AttentionStep) -> Tensor:
+        return self._model.forward(staged.token_ids, staged.positions, self.kv_cache, attention, staged.rows)
+
+    # --- without memory ---------------------------------------------------------------------------------------------
+
+    def _make_do(self, tokens: int, error: torch.OutOfMemoryError) -> None:
+        """With steps half as large as the one that found no memory."""
+        self._most_tokens = max(tokens // 2, 1)
+        logger.warning(
+            "no memory for a step of %d tokens, steps are run in parts of %d from here on; lower "
+            "engine.max_num_batched_tokens or engine.gpu_memory_utilization: %s",
+            tokens, self._most_tokens, error,
+        )  # fmt: skip
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def _submit_parts(self, step: StepInput) -> Pending:
+        """One part after another is waited for: this is the way out, not the way."""
+        arrays = step.arrays
+        if step.carried:
+            with self._queue.use():
+                sampled = self._tokens.tolist()
+            token_ids = arrays.token_ids.copy()
+            for token, sample in step.carried:
+                token_ids[token] = max(sampled[sample], 0)
+            arrays = replace(arrays, token_ids=token_ids)
+        found: list[Sampled] = []
+        rest: StepArrays | None = arrays
+        while rest is not None:
+            part, rest = rest, None
+            if len(part.token_ids) > self._most_tokens:
+                part, rest = split(part, self._most_tokens)
+            samples = step.samples[len(found) : len(found) + len(part.rows)]
+            found += self.submit(StepInput(part, samples)).wait()
+        with self._queue.use():
+            tokens = torch.tensor([one.token for one in found], dtype=torch.int64)
+            self._tokens[: len(found)].copy_(tokens)
+        return Ready(found)
+
+
+class _Queued:
+    def __init__(self, mark: Mark, results: Results) -> None:
+        self._mark, self._results = mark, results
+
+    def wait(self) -> list[Sampled]:
+        self._mark.wait()
+        return self._results()
+
+
+def _empty(dtype: Any) -> np.ndarray:
+    return np.empty(0, dtype)
+
+
+_NO_STEP = StepArrays(
+    token_ids=_empty(np.int32),
+    positions=_empty(np.int32),
+    slots=_empty(np.int64),
+    query_start=np.zeros(1, np.int32),
+    lengths=_empty(np.int32),
+    blocks=_empty(np.int32),
+    block_start=_empty(np.int32),
+    rows=_empty(np.int32),
+)
