@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,9 +59,9 @@ def _case(
     forms: dict[str, Launch] = {"headrace": lambda: paged_attention(q, cache, layer, step, sizes.dim**-0.5)}
     decode = step.max_queries == 1
     if decode and wire is None:
-        chosen = Tiling.choose(sizes.group, 1, step.max_length, sizes.dim, 2)
+        chosen = Tiling.choose(sizes.group, sizes.kv_heads, len(seqs), 1, step.max_length, sizes.dim, 2)
         for keys, split, warps in ((32, 512, 4), (64, 512, 4), (128, 512, 4), (64, 1024, 4), (64, 512, 2)):
-            tiling = Tiling(chosen.rows, keys, split, warps, chosen.stages)
+            tiling = replace(chosen, keys=keys, parts=16, least=split, warps=warps)
             forms[f"headrace, {keys} keys, parts of {split}, {warps} warps"] = _with(
                 q, cache, layer, step, sizes, tiling
             )

@@ -1,11 +1,14 @@
 """Attention over the paged KV cache on a GPU: decode, prefill chunks and any mixture of them in one launch.
 
-A program has one tile: some query tokens of one sequence under one KV head, all query heads that share it being rows of
+A program has one tile: some query tokens of one sequence under one KV head, the query heads that share it being rows of
 the tile, whatever their number (a group of 7 fills 14 rows of 16 with two tokens). It goes once over the keys that the
 tile sees, with the softmax kept running (Milakov & Gimelshein 2018; Dao et al. 2022). A sequence whose queries fit one
 tile is cut over its context besides, each part by a program of its own, and a second launch adds the parts up
 (Flash-Decoding, Dao et al. 2023). The sequence of a tile is found by bisecting query_start, as in vLLM's unified kernel,
-so that no list of tiles comes from the host and a captured launch serves other batches.
+and how long its parts are by its own context, so that neither list nor length comes from the host: a captured launch
+serves any batch of its size.
+
+Rows of a cache of latents are keys, and in their first dimensions values: they are read once for both.
 """
 
 # Triton has no types: neither its decorator nor the arguments of kernels.
@@ -31,20 +34,49 @@ LOG2_E = math.log2(math.e)
 class Tiling:
     """How the work is cut up. It changes speed, and in the last bits the order of sums."""
 
-    rows: int  # of a tile: a power of two, at least 16
+    heads: int  # query heads of a tile; they divide those that share a KV head
+    rows: int  # of a tile: a power of two, at least 16 and at least `heads`
     keys: int  # looked at together: a power of two, at least 16
-    split_keys: int  # of a part of a context
+    parts: int  # of a context, at most
+    least: int  # keys of a part, at least
     warps: int = 4
     stages: int = 2
 
     @classmethod
-    def choose(cls, group: int, max_queries: int, max_length: int, dim: int, itemsize: int) -> Tiling:
-        """By sizes alone, not by how many sequences there are."""
-        wanted: int = triton.next_power_of_2(group * max_queries)
-        rows = max(16, triton.next_power_of_2(group), min(wanted, 64 if dim > 128 or itemsize == 4 else 128))
+    def choose(
+        cls,
+        group: int,
+        num_kv_heads: int,
+        seqs: int,
+        max_queries: int,
+        max_length: int,
+        dim: int,
+        itemsize: int,
+    ) -> Tiling:
+        """By what is known when a launch is captured. `dim`: of what is summed, the values."""
+        widest = 64 if dim > 128 or itemsize == 4 else 128
+        heads = next(n for n in range(min(group, widest), 0, -1) if group % n == 0)
+        wanted: int = triton.next_power_of_2(heads * max_queries)
+        rows = max(16, triton.next_power_of_2(heads), min(wanted, widest))
         keys = 64 if dim * itemsize <= 256 else 32
-        split = max(256, triton.next_power_of_2(max_length) // 16)
-        return cls(rows, keys, split, 8 if rows >= 128 else 4, 3 if rows <= 32 else 2)
+        # Without parts there are too few programs to keep the memory busy, or one long context is waited for. With many
+        # of them their sums are what is written and read: few sequences get many parts, many get few and long ones.
+        programs = seqs * num_kv_heads * (group // heads)
+        parts = max(4, min(64, _ENOUGH_PROGRAMS // programs))
+        least = 128 if programs <= 64 else 256 if programs <= 256 else 512 if programs <= 1024 else 1024
+        parts = min(parts, triton.cdiv(max_length, least))
+        return cls(
+            heads,
+            rows,
+            keys,
+            parts,
+            least,
+            8 if rows * dim >= 16384 else 4,
+            3 if rows <= 32 and dim <= 256 else 2,
+        )
+
+
+_ENOUGH_PROGRAMS = 1024  # for about 132 multiprocessors that hold several each
 
 
 def paged_attention(
@@ -57,6 +89,7 @@ def paged_attention(
     sinks: Tensor | None = None,
     *,
     softcap: float | None = None,
+    values: int | None = None,
     tiling: Tiling | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -64,8 +97,10 @@ def paged_attention(
 
     Causal; with a `window` a token sees the last `window` positions, its own included. `sinks` [num_heads]: a score
     that takes part in the softmax of every query of its head and has no value. `softcap` c: scores become
-    c * tanh(score / c) before the mask (Gemma 2). The heads of one token must lie together; tokens may have gaps.
-    This step's keys and values must be in the cache. A sequence of no queries is left out. Raises ValueError.
+    c * tanh(score / c) before the mask (Gemma 2). `values`: how many of a row's first dimensions are its value, for a
+    cache of one plane, whose rows are keys and values; None: all; the result is [T, num_heads, values]. The heads of one
+    token must lie together; tokens may have gaps. This step's keys and values must be in the cache. A sequence of no
+    queries is left out, and what is no sequence's is left open. Raises ValueError.
     """
     tokens, num_heads, dim = q.shape
     kv_heads, group = cache.num_kv_heads, num_heads // cache.num_kv_heads
@@ -77,42 +112,53 @@ def paged_attention(
         raise ValueError(f"layer {layer} of a cache that has {cache.data.shape[1]}")
     if q.stride(2) != 1 or q.stride(1) != dim:
         raise ValueError(f"the heads of a token must lie together, not by strides {q.stride()}")
+    summed = dim if values is None else values
+    if not 0 < summed <= dim or (summed < dim and cache.planes != 1):
+        raise ValueError(
+            f"{summed} of {dim} dimensions cannot be the values of a cache of {cache.planes} planes"
+        )
     if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.empty((tokens, num_heads, summed), dtype=q.dtype, device=q.device)
     seqs, width = step.block_tables.shape
     if not tokens:
         return out
-    size = tiling or Tiling.choose(group, step.max_queries, step.max_length, dim, q.itemsize)
-    if size.rows < group:
-        raise ValueError(f"a tile of {size.rows} rows does not hold the {group} heads that share a KV head")
-    per_tile = size.rows // group  # tokens
+    size = tiling or Tiling.choose(
+        group, kv_heads, seqs, step.max_queries, step.max_length, summed, q.itemsize
+    )
+    if size.rows < size.heads or group % size.heads:
+        raise ValueError(
+            f"tiles of {size.heads} heads in {size.rows} rows do not hold the {group} heads that share a KV head"
+        )
+    per_tile = size.rows // size.heads  # tokens
     one_each = step.max_queries == 1 and tokens == seqs
     seen = step.max_length if window is None else min(step.max_length, window + per_tile)
-    splits = triton.cdiv(seen, size.split_keys)
-    padded = triton.next_power_of_2(dim)
-    parts = sums = out
-    if splits > 1:
-        parts = torch.empty((seqs, kv_heads, splits, size.rows, padded), dtype=torch.float32, device=q.device)
-        sums = torch.empty((seqs, kv_heads, splits, 2, size.rows), dtype=torch.float32, device=q.device)
-    values, scales = cache.pointers
-    plane = values.stride(2)
-    where = (out, parts, sums, q if sinks is None else sinks, step.query_start, step.lengths)
-    numbers = (seqs, out.stride(0), window or 0, size.split_keys, splits)
+    parts = min(size.parts, triton.cdiv(seen, size.least))
+    padded, of_tiles = triton.next_power_of_2(summed), num_heads // size.heads
+    partial = sums = out
+    if parts > 1:
+        partial = torch.empty(
+            (seqs, of_tiles, parts, size.rows, padded), dtype=torch.float32, device=q.device
+        )
+        sums = torch.empty((seqs, of_tiles, parts, 2, size.rows), dtype=torch.float32, device=q.device)
+    stored, scales = cache.pointers
+    where = (out, partial, sums, q if sinks is None else sinks, step.query_start, step.lengths)
+    numbers = (seqs, out.stride(0), window or 0, size.least, parts)
     kinds = {
-        "GROUP": group, "HEAD_DIM": dim, "DIM": padded, "ROWS": size.rows,
+        "HEADS": size.heads, "VALUES": summed, "DIM": padded, "ROWS": size.rows, "KEYS": size.keys,
         "WINDOWED": window is not None, "SINKS": sinks is not None,
     }  # fmt: skip
-    _attend[(seqs if one_each else tokens // per_tile + seqs, kv_heads, splits)](
-        q, values, scales, step.block_tables, *where, *numbers,
-        q.stride(0), width, values.stride(0), values.stride(3),
-        layer * values.stride(1), layer * values.stride(1) + (cache.planes - 1) * plane,
+    _attend[(seqs if one_each else tokens // per_tile + seqs, of_tiles, parts)](
+        q, stored, scales, step.block_tables, *where, *numbers,
+        q.stride(0), width, stored.stride(0), stored.stride(3), layer * stored.stride(1), stored.stride(2),
         scale, softcap or 0.0,
-        **kinds, KEYS=size.keys, BLOCK_SIZE=cache.block_size, FORMAT=cache.format, OPERAND=operand_type(q.dtype),
-        CAPPED=softcap is not None, SPLIT=splits > 1, ONE_EACH=one_each,
+        **kinds, HEAD_DIM=dim, TAIL=0 if summed == dim else max(16, triton.next_power_of_2(dim - summed)),
+        TILES=group // size.heads, ONE_PLANE=cache.planes == 1,
+        BLOCK_SIZE=cache.block_size, FORMAT=cache.format, OPERAND=operand_type(q.dtype),
+        CAPPED=softcap is not None, SPLIT=parts > 1, ONE_EACH=one_each,
         num_warps=size.warps, num_stages=size.stages,
     )  # fmt: skip
-    if splits > 1:
-        _add_parts[(seqs, kv_heads)](*where, *numbers, **kinds)
+    if parts > 1:
+        _add_parts[(seqs, of_tiles)](*where, *numbers, **kinds)
     return out
 
 
@@ -141,18 +187,24 @@ def _seen(tile, count, length, window, WINDOWED: tl.constexpr, TOKENS: tl.conste
 
 
 @triton.jit
+def _part_of(begin, end, num_parts, least, KEYS: tl.constexpr):
+    """Keys of one part of [begin, end): by the length of this context alone, in whole tiles."""
+    return tl.maximum(least, tl.cdiv(tl.cdiv(end - begin, num_parts), KEYS) * KEYS)
+
+
+@triton.jit
 def _attend(
     q, values, scales, tables, out, parts, sums, sinks, query_start, lengths,
-    num_seqs, stride_out, window, split_keys, num_splits,
-    stride_q, table_width, stride_block, stride_head, k_begin, v_begin, scale, softcap,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
-    WINDOWED: tl.constexpr, SINKS: tl.constexpr,
-    KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, FORMAT: tl.constexpr, OPERAND: tl.constexpr,
+    num_seqs, stride_out, window, least, num_parts,
+    stride_q, table_width, stride_block, stride_head, k_begin, stride_plane, scale, softcap,
+    HEADS: tl.constexpr, VALUES: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    WINDOWED: tl.constexpr, SINKS: tl.constexpr, HEAD_DIM: tl.constexpr, TAIL: tl.constexpr, TILES: tl.constexpr,
+    ONE_PLANE: tl.constexpr, BLOCK_SIZE: tl.constexpr, FORMAT: tl.constexpr, OPERAND: tl.constexpr,
     CAPPED: tl.constexpr, SPLIT: tl.constexpr, ONE_EACH: tl.constexpr,
 ):  # fmt: skip
-    TOKENS: tl.constexpr = ROWS // GROUP
+    TOKENS: tl.constexpr = ROWS // HEADS
     LOG2_E: tl.constexpr = 1.4426950408889634
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1) // TILES
     if ONE_EACH:
         seq = tl.program_id(0)
         tile = seq * 0
@@ -169,24 +221,27 @@ def _attend(
     part = tl.program_id(2)
     if SPLIT:
         one_tile = count <= TOKENS
+        its_keys = _part_of(begin, end, num_parts, least, KEYS)
         # Queries whose results this program writes itself: all or none.
-        direct = tl.where((count > TOKENS) | (end - begin <= split_keys), count, 0)
-        begin += tl.where(one_tile, part * split_keys, 0)
-        end = tl.minimum(end, tl.where(one_tile, begin + split_keys, end))
+        direct = tl.where((count > TOKENS) | (end - begin <= its_keys), count, 0)
+        begin += tl.where(one_tile, part * its_keys, 0)
+        end = tl.minimum(end, tl.where(one_tile, begin + its_keys, end))
         if (part > 0) & ((count > TOKENS) | (begin >= end)):
             return
 
     row = tl.arange(0, ROWS)
-    token = tile * TOKENS + row // GROUP
-    head = kv_head * GROUP + row % GROUP
-    real = (row < TOKENS * GROUP) & (token < count)
+    token = tile * TOKENS + row // HEADS
+    head = tl.program_id(1) * HEADS + row % HEADS
+    real = (row < TOKENS * HEADS) & (token < count)
     position = length - count + token
     column = tl.arange(0, DIM)
-    here = real[:, None] & (column < HEAD_DIM)[None, :]
-    queries = tl.load(
-        q + (first + token).to(tl.int64)[:, None] * stride_q + head[:, None] * HEAD_DIM + column[None, :],
-        mask=here, other=0.0,
-    ).to(OPERAND)  # fmt: skip
+    here = real[:, None] & (column < VALUES)[None, :]
+    q_at = q + (first + token).to(tl.int64)[:, None] * stride_q + head[:, None] * HEAD_DIM
+    queries = tl.load(q_at + column[None, :], mask=here, other=0.0).to(OPERAND)
+    if TAIL:  # dimensions that take part in the scores and have no value
+        behind = VALUES + tl.arange(0, TAIL)
+        its = real[:, None] & (behind < HEAD_DIM)[None, :]
+        query_tails = tl.load(q_at + behind[None, :], mask=its, other=0.0).to(OPERAND)
 
     most = tl.full((ROWS,), float("-inf"), tl.float32)  # of the scores so far, in powers of two
     total = tl.zeros((ROWS,), tl.float32)
@@ -205,7 +260,14 @@ def _attend(
             values, scales, tile_at + k_begin, key % BLOCK_SIZE, inside, column,
             HEAD_DIM, BLOCK_SIZE, FORMAT, OPERAND,
         )  # fmt: skip
-        scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
+        if TAIL:
+            tail, _ = load_rows(
+                values, scales, tile_at + k_begin, key % BLOCK_SIZE, inside, behind,
+                HEAD_DIM, BLOCK_SIZE, FORMAT, OPERAND,
+            )  # fmt: skip
+            scores = tl.dot(query_tails, tl.trans(tail), scores, input_precision="ieee")
+        scores *= scale
         if FORMAT != 0:
             scores *= k_scale[None, :]
         if CAPPED:
@@ -220,10 +282,12 @@ def _attend(
         weights = tl.exp2(scores - finite[:, None])
         total = total * shrink + tl.sum(weights, axis=1)
         most = new
-        v, v_scale = load_rows(
-            values, scales, tile_at + v_begin, key % BLOCK_SIZE, inside, column,
-            HEAD_DIM, BLOCK_SIZE, FORMAT, OPERAND,
-        )  # fmt: skip
+        v, v_scale = k, k_scale
+        if not ONE_PLANE:
+            v, v_scale = load_rows(
+                values, scales, tile_at + k_begin + stride_plane, key % BLOCK_SIZE, inside, column,
+                HEAD_DIM, BLOCK_SIZE, FORMAT, OPERAND,
+            )  # fmt: skip
         if FORMAT != 0:
             weights *= v_scale[None, :]
         acc = tl.dot(weights.to(OPERAND), v, acc * shrink[:, None], input_precision="ieee")
@@ -232,11 +296,11 @@ def _attend(
     if SPLIT:
         done = here & (token < direct)[:, None]
     result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    place = out + (first + token).to(tl.int64)[:, None] * stride_out + head[:, None] * HEAD_DIM
+    place = out + (first + token).to(tl.int64)[:, None] * stride_out + head[:, None] * VALUES
     tl.store(place + column[None, :], result.to(out.dtype.element_ty), mask=done)
     if SPLIT:
         kept = real & (token >= direct)
-        at = (seq.to(tl.int64) * tl.num_programs(1) + kv_head) * num_splits + part
+        at = (seq.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * num_parts + part
         tl.store(parts + (at * ROWS + row)[:, None] * DIM + column[None, :], acc, mask=kept[:, None])
         tl.store(sums + at * 2 * ROWS + row, most, mask=kept)
         tl.store(sums + (at * 2 + 1) * ROWS + row, total, mask=kept)
@@ -245,29 +309,30 @@ def _attend(
 @triton.jit
 def _add_parts(
     out, parts, sums, sinks, query_start, lengths,
-    num_seqs, stride_out, window, split_keys, num_splits,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    num_seqs, stride_out, window, least, num_parts,
+    HEADS: tl.constexpr, VALUES: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     WINDOWED: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    TOKENS: tl.constexpr = ROWS // GROUP
+    TOKENS: tl.constexpr = ROWS // HEADS
     LOG2_E: tl.constexpr = 1.4426950408889634
-    seq, kv_head = tl.program_id(0), tl.program_id(1)
+    seq, its_heads = tl.program_id(0), tl.program_id(1)
     first = tl.load(query_start + seq)
     count = tl.load(query_start + seq + 1) - first
     begin, end = _seen(0, count, tl.load(lengths + seq), window, WINDOWED, TOKENS)
-    if (count > TOKENS) | (end - begin <= split_keys):
+    its_keys = _part_of(begin, end, num_parts, least, KEYS)
+    if (count == 0) | (count > TOKENS) | (end - begin <= its_keys):
         return
     row, column = tl.arange(0, ROWS), tl.arange(0, DIM)
-    token, head = row // GROUP, kv_head * GROUP + row % GROUP
-    real = (row < TOKENS * GROUP) & (token < count)
+    token, head = row // HEADS, its_heads * HEADS + row % HEADS
+    real = (row < TOKENS * HEADS) & (token < count)
     most = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     if SINKS:
         most = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * LOG2_E
         total = tl.full((ROWS,), 1.0, tl.float32)
     acc = tl.zeros((ROWS, DIM), tl.float32)
-    at = (seq.to(tl.int64) * tl.num_programs(1) + kv_head) * num_splits
-    for part in range(0, tl.cdiv(end - begin, split_keys)):
+    at = (seq.to(tl.int64) * tl.num_programs(1) + its_heads) * num_parts
+    for part in range(0, tl.cdiv(end - begin, its_keys)):
         its_most = tl.load(sums + (at + part) * 2 * ROWS + row, mask=real, other=float("-inf"))
         its_total = tl.load(sums + ((at + part) * 2 + 1) * ROWS + row, mask=real, other=0.0)
         place = parts + ((at + part) * ROWS + row)[:, None] * DIM + column[None, :]
@@ -280,6 +345,6 @@ def _add_parts(
         most = new
     result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     place = (
-        out + (first + token).to(tl.int64)[:, None] * stride_out + head[:, None] * HEAD_DIM + column[None, :]
+        out + (first + token).to(tl.int64)[:, None] * stride_out + head[:, None] * VALUES + column[None, :]
     )
-    tl.store(place, result.to(out.dtype.element_ty), mask=real[:, None] & (column < HEAD_DIM)[None, :])
+    tl.store(place, result.to(out.dtype.element_ty), mask=real[:, None] & (column < VALUES)[None, :])

@@ -18,8 +18,8 @@ from kernels.triton.paged_kv import PagedKv
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 LAYERS, LAYER = 2, 1
-SMALL = Tiling(rows=16, keys=16, split_keys=32)
-UNSPLIT = replace(SMALL, split_keys=1 << 20)
+SMALL = Tiling(heads=3, rows=16, keys=16, parts=3, least=32)  # of three heads that share a KV head
+UNSPLIT = replace(SMALL, parts=1)
 # (context, queries) of each sequence
 DECODE = [(5, 1), (64, 1), (1, 1), (101, 1)]
 PREFILL = [(9, 9), (45, 21)]
@@ -98,7 +98,11 @@ def dense(
 
 
 def check(case: Case, cache: PagedKv | None = None, tiling: Tiling | None = SMALL, **options: object) -> None:
+    """With all heads that share a KV head in one tile where the tiling is for others."""
     held = cache or PagedKv.of(case.cache)
+    group = case.q.shape[1] // held.num_kv_heads
+    if tiling is not None and group % tiling.heads:
+        tiling = replace(tiling, heads=group)
     got = paged_attention(case.q, held, LAYER, case.step, 0.3, tiling=tiling, **options)  # type: ignore[arg-type]
     want = dense(case, held.values(), 0.3, **options)  # type: ignore[arg-type]
     bound = TOLERANCE[case.q.dtype]
@@ -173,6 +177,28 @@ def test_one_plane_whose_rows_are_keys_and_values() -> None:
     check(make(MIXED[1:], Shape(num_heads=4, num_kv_heads=1, planes=1)))
 
 
+@pytest.mark.parametrize(
+    ("seqs", "values", "wire"),
+    [
+        (MIXED, 20, None),
+        pytest.param(DECODE, 16, None, marks=slow),
+        pytest.param(DECODE, 16, "fp8", marks=slow),
+    ],
+)
+def test_latents_whose_first_dimensions_are_values(
+    seqs: list[tuple[int, int]], values: int, wire: Wire | None
+) -> None:
+    """More heads share a row than a tile holds, as all of them do in latent attention."""
+    case = make(seqs, Shape(num_heads=12, num_kv_heads=1, planes=1))
+    cache = PagedKv.of(case.cache)
+    if wire is not None:
+        cache = PagedKv.of_tiles(reference_relayout.compress(case.cache, wire), 4, 24, wire)
+    tiling = replace(SMALL, heads=6)
+    got = paged_attention(case.q, cache, LAYER, case.step, 0.3, values=values, tiling=tiling)
+    want = dense(case, cache.values(), 0.3)[..., :values]
+    torch.testing.assert_close(got.cpu().double(), want, rtol=2e-5, atol=2e-5)
+
+
 def test_is_what_the_reference_gives() -> None:
     case = make(MIXED, Shape())
     sinks = torch.ones(6, device=DEVICE)
@@ -185,9 +211,14 @@ def test_is_what_the_reference_gives() -> None:
 
 def test_tiles_of_a_launch_as_chosen() -> None:
     check(make([(300, 1), (2, 1)], Shape()), tiling=None)
-    assert Tiling.choose(4, 1, 1024, 128, 2).rows == 16
-    assert Tiling.choose(24, 1, 1024, 128, 2).rows == 32
-    assert Tiling.choose(7, 2000, 4096, 128, 2).rows == 128
+    assert Tiling.choose(4, 8, 64, 1, 1024, 128, 2).rows == 16
+    assert Tiling.choose(24, 1, 64, 1, 1024, 128, 2).rows == 32
+    assert Tiling.choose(7, 4, 2, 2000, 4096, 128, 2).rows == 128
+    of_latents = Tiling.choose(128, 1, 64, 1, 1024, 512, 2)
+    assert of_latents.heads == of_latents.rows == 64
+    few, many = (Tiling.choose(4, 8, seqs, 1, 8192, 128, 2) for seqs in (1, 256))
+    assert (few.parts, few.least) == (64, 128)
+    assert (many.parts, many.least) == (4, 1024)
 
 
 def test_sequences_that_only_fill_a_captured_launch_up() -> None:
@@ -223,8 +254,10 @@ def test_what_does_not_fit_is_said() -> None:
     with pytest.raises(ValueError, match="layer 2 of a cache that has 2"):
         paged_attention(case.q, cache, 2, case.step, 1.0)
     wide = make(DECODE, Shape(20, 1))
-    with pytest.raises(ValueError, match="does not hold the 20 heads"):
+    with pytest.raises(ValueError, match="do not hold the 20 heads"):
         paged_attention(wide.q, PagedKv.of(wide.cache), LAYER, wide.step, 1.0, tiling=SMALL)
+    with pytest.raises(ValueError, match="20 of 24 dimensions cannot be the values of a cache of 2 planes"):
+        paged_attention(case.q, cache, LAYER, case.step, 1.0, values=20)
     with pytest.raises(ValueError, match="is not computed with"):
         paged_attention(case.q.double(), cache, LAYER, case.step, 1.0)
     with pytest.raises(ValueError, match="contiguous, of floats"):
