@@ -9,7 +9,7 @@ so that either half of a run of bytes is a run of columns. Columns that fill up 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -33,6 +33,7 @@ class QuantizedMatrix:
     k: int
     group: int  # inputs that share a scale: 32, 64 or 128, or k
     order: Tensor | None = None  # int32 [k], a permutation
+    dtype: torch.dtype = torch.bfloat16  # of the floats that it stands for: of what it is multiplied with
 
     def __post_init__(self) -> None:
         n, k = self.shape
@@ -76,7 +77,7 @@ class QuantizedMatrix:
         """Outputs begin to end; q is a view."""
         minimum = None if self.minimum is None else self.minimum[:, begin:end].contiguous()
         scale = self.scale[:, begin:end].contiguous()
-        return QuantizedMatrix(self.format, self.q[begin:end], scale, minimum, self.k, self.group, self.order)
+        return replace(self, q=self.q[begin:end], scale=scale, minimum=minimum)
 
 
 def pack_int4(q: Tensor) -> Tensor:

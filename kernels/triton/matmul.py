@@ -45,7 +45,7 @@ class Arrivals:
     Of one stream: launches that share it must not overlap.
     """
 
-    def __init__(self, device: torch.device, tiles: int = 4096) -> None:
+    def __init__(self, device: torch.device, tiles: int = 1024) -> None:
         self.counts = torch.zeros(tiles, dtype=torch.int32, device=device)
 
 

@@ -3,6 +3,8 @@
 On a CPU oneDNN's blocked layout doubles the speed of torch's own Linear at few rows: 576 -> 3072 at 1 / 16 / 512 rows
 takes 93 / 127 / 2,032 us against 137 / 192 / 2,056 in bfloat16 and 182 / 224 / 4,045 against 453 / 778 / 9,389 in
 float32 (torch 2.13, two Zen 5 cores). Fusing the residual or the SwiGLU gate into the GEMM gained nothing.
+
+On a GPU, and for quantized weights, see device_linear.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from kernels.quantized_matrix import QuantizedMatrix
+from workers.models.device_linear import DeviceLinear, EagerLinear, has_triton
 
 Linear = Callable[[Tensor], Tensor]  # [M, in] -> [M, out]
 
@@ -38,11 +43,24 @@ class PlainLinear:
         return functional.linear(x, self._weight, self._bias)
 
 
-def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """weight [out, in]; packed where this build and processor can. A packed weight is a copy."""
+def make_linear(
+    weight: Tensor | QuantizedMatrix, bias: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Linear:
+    """weight [out, in]; packed where this build and processor can. A packed weight is a copy.
+
+    dtype: of the result, where it is to be another than x's. On a GPU the ways to multiply are measured, once for each
+    shape, which takes seconds where no file knows them yet.
+    """
+    if weight.device.type == "cuda" and has_triton():
+        return DeviceLinear(weight, bias, dtype)
+    if isinstance(weight, QuantizedMatrix):
+        return EagerLinear(weight, bias, dtype)
+    linear: Linear
     if weight.device.type == "cpu" and _can_pack(weight.dtype):
-        return PackedLinear(weight, bias)
-    return PlainLinear(weight, bias)
+        linear = PackedLinear(weight, bias)
+    else:
+        linear = PlainLinear(weight, bias)
+    return linear if dtype in (None, weight.dtype) else lambda x: linear(x).to(dtype)
 
 
 def _can_pack(dtype: torch.dtype) -> bool:

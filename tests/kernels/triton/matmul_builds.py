@@ -95,6 +95,6 @@ def test_what_surrounds_many_rows(architecture: int) -> None:
     build(quantize_rows._rescale, architecture, arguments | {"width": "i32"}, {"BIASED": True, "BLOCK": 2048})
     for format, group in ((1, 0), (2, 64), (3, 128)):
         arguments = {"q": "*u8", "scale": "*fp16", "minimum": "*fp16", "out": "*bf16"}
-        arguments |= dict.fromkeys(("n", "k", "width"), "i32")
+        arguments |= dict.fromkeys(("begin", "end", "n", "k", "width"), "i32")
         constants = {"FORMAT": format, "GROUP": group, "HALF": PAIR, "ROWS": 16, "COLUMNS": 256}
         build(dequantize._dequantize, architecture, arguments, constants, tuple(arguments))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,8 @@ from kernels.quantized_matrix import QuantizedMatrix, pack_int4
 from kernels.triton.dequantize import dequantize
 from kernels.triton.matmul import Arrivals, Tiling, multiply
 from kernels.triton.quantize_rows import quantize_rows, rescale
+from workers.models import matmul_choice, matmul_forms
+from workers.models.device_linear import DeviceLinear
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Of the largest result: what rounds are x's operands and the result.
@@ -140,3 +144,44 @@ def test_integer_sums_are_scaled_back() -> None:
     torch.testing.assert_close(rescale(sums, rows, columns, None, torch.float32), sums * rows * columns)
     got = rescale(sums, rows, columns, bias, torch.float16)
     torch.testing.assert_close(got, (sums * rows * columns + bias).half(), rtol=2e-3, atol=1e-3)
+
+
+def test_rows_of_a_widened_matrix() -> None:
+    matrix = quantized("int4", 50, 128, 32)
+    assert torch.equal(dequantize(matrix, torch.float32, 17, 40), dequantize(matrix, torch.float32)[17:40])
+
+
+@pytest.mark.parametrize("rows", [3, 40, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("format", "group"), [("int8", WHOLE), ("int4", 64), ("fp8", WHOLE), ("fp8", 128), ("floats", WHOLE)]
+)
+def test_every_form_of_a_product_is_right(
+    format: str, group: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a linear layer takes them, at the tolerance at which a form may be chosen on a GPU."""
+    monkeypatch.setattr(matmul_forms, "_WIDENED_BYTES", 20 * 128 * 4)  # in three parts
+    n, k, dtype = 48, 128, torch.bfloat16 if format == "fp8" and group == WHOLE else torch.float32
+    weight: Tensor | QuantizedMatrix
+    if format == "floats":
+        weight = normal(n, k)
+    else:
+        weight = replace(quantized(format, n, k, group, ordered=True), dtype=dtype)
+    forms = matmul_forms.forms_of(weight, rows, 4)
+    names = {form.name.split()[0] for form in forms}
+    assert ("fused" in names) == (rows <= (64 if format == "floats" else 512))
+    assert ("int8" in names) == (format == "int8" and rows >= 32)
+    assert ("fp8" in names) == (dtype == torch.bfloat16)
+    one_of_each = {form.name.split()[0]: form for form in forms}.values()
+    x, bias = normal(rows, k, dtype=dtype), normal(n, dtype=dtype)
+    for form in one_of_each:
+        assert matmul_choice._is_right(form, weight, torch.float32, rows)
+        plain, biased = (form.product(x[:5], b, torch.float32) for b in (None, bias))
+        # What float8 units give is bfloat16.
+        torch.testing.assert_close(biased, plain + bias, rtol=0.01, atol=0.02 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("rows", [1, 100])
+def test_a_linear_layer_takes_what_is_usual(rows: int) -> None:
+    weight, bias = replace(quantized("int8", 24, 64, 32), dtype=torch.float32), normal(24)
+    linear, x = DeviceLinear(weight, bias, choices=matmul_choice.Choices(None, None)), normal(rows, 64)
+    torch.testing.assert_close(linear(x), reference.multiply(x, weight, bias), rtol=1e-5, atol=1e-4)
