@@ -12,40 +12,12 @@ choice, so that it does not hang on where an expert is. The idea of blocks of on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """Assignments a = token * k + j in blocks of `size` rows, each block of one expert."""
-
-    size: int
-    rows: Tensor  # int32 [blocks * size] the assignment of each row; their number where a row only fills up
-    experts: Tensor  # int32 [blocks]; the number of experts where a block is not needed
-
-
-def align(experts: Tensor, num_experts: int, size: int) -> Blocks:
-    """experts int64 [T, k]."""
-    flat = experts.flatten()
-    count, device = len(flat), experts.device
-    number = -(-count // size) + min(num_experts, count)  # the most blocks that there can be
-    counts = torch.zeros(num_experts, dtype=torch.int64, device=device).scatter_add_(
-        0, flat, torch.ones_like(flat)
-    )
-    padded = (counts + size - 1) // size * size
-    ends = padded.cumsum(0)
-    order = flat.argsort(stable=True)
-    of_row = flat[order]
-    within = torch.arange(count, device=device) - (counts.cumsum(0) - counts)[of_row]
-    rows = torch.full((number * size,), count, dtype=torch.int32, device=device)
-    rows[(ends - padded)[of_row] + within] = order.to(torch.int32)
-    first = torch.arange(number, device=device) * size
-    return Blocks(size, rows, torch.searchsorted(ends, first, right=True).to(torch.int32))
+from kernels.triton.moe_align import align
 
 
 def fused_experts(
@@ -56,12 +28,15 @@ def fused_experts(
     down: Tensor,
     biases: tuple[Tensor, Tensor] | None = None,
     clamped: tuple[float, float] | None = None,
+    given: Tensor | None = None,
 ) -> Tensor:
     """Weighted sums of the experts' MLPs: float32 [T, H], as grouped_mlp and combine of kernels.reference_moe.
 
-    x [T, H]; weights float32 [T, k]; experts int64 [T, k]; gate_up [E, 2 * I, H], gate first; down [E, H, I]; biases:
+    x [T, H]; weights float32 [T, k]; experts int64 [T, k], E where given to nobody, as all k of a token
+    are; gate_up [E, 2 * I, H], gate first; down [E, H, I]; biases:
     ([E, 2 * I], [E, H]). x and the matrices are of one dtype: float32, bfloat16 or float16. clamped: alpha and limit
-    of GPT-OSS's gate instead of silu. Raises ValueError.
+    of GPT-OSS's gate instead of silu. given: int64 [E], to which the number of each expert's rows is added. Raises
+    ValueError.
     """
     tokens, top_k = experts.shape
     num_experts, hidden, inner = down.shape
@@ -77,7 +52,8 @@ def fused_experts(
     if not tokens:
         return out
     count = tokens * top_k
-    blocks = align(experts, num_experts, _block_rows(count, num_experts))
+    experts = experts.contiguous()
+    blocks = align(experts, num_experts, _block_rows(count, num_experts), given)
     middle = torch.empty(count, inner, dtype=x.dtype, device=x.device)
     results = torch.empty(count, hidden, dtype=torch.float32, device=x.device)
     tile = {"ROWS": blocks.size, "COLUMNS": 64, "DEPTH": 32 if x.dtype == torch.float32 else 64}
@@ -93,7 +69,9 @@ def fused_experts(
         count, num_experts, hidden, inner, BIASED=biases is not None, **tile,
     )  # fmt: skip
     width = min(1024, triton.next_power_of_2(hidden))
-    _sum[(tokens, triton.cdiv(hidden, width))](results, out, hidden, TOP_K=top_k, WIDTH=width)
+    _sum[(tokens, triton.cdiv(hidden, width))](
+        results, experts, out, num_experts, hidden, TOP_K=top_k, WIDTH=width
+    )
     return out
 
 
@@ -177,11 +155,12 @@ def _down(
 
 
 @triton.jit
-def _sum(results, out, hidden, TOP_K: tl.constexpr, WIDTH: tl.constexpr):
+def _sum(results, experts, out, num_experts, hidden, TOP_K: tl.constexpr, WIDTH: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    inside = column < hidden
+    # Nobody has written the results of a token that was given to nobody.
+    inside = column < tl.where(tl.load(experts + token * TOP_K) < num_experts, hidden, 0)
     total = tl.load(results + token * TOP_K * hidden + column, mask=inside, other=0.0)
     for j in tl.static_range(1, TOP_K):
         total += tl.load(results + (token * TOP_K + j) * hidden + column, mask=inside, other=0.0)
-    tl.store(out + token * hidden + column, total, mask=inside)
+    tl.store(out + token * hidden + column, total, mask=column < hidden)

@@ -19,10 +19,12 @@ from kernels.reference_moe import Routing
 _TOKENS = 4  # of a program
 
 
-def route(logits: Tensor, routing: Routing, correction_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def route(
+    logits: Tensor, routing: Routing, correction_bias: Tensor | None = None, slots: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """logits float32 [T, E], correction_bias float32 [E] -> weights float32 [T, k], experts int64 [T, k].
 
-    Raises ValueError where so many experts cannot be routed so.
+    slots int64 [T]: a token whose slot is below 0 is given to nobody, its experts are E, its weights 0. Raises ValueError where so many experts cannot be routed so.
     """
     tokens, experts = logits.shape
     routing.validate(experts)
@@ -33,6 +35,7 @@ def route(logits: Tensor, routing: Routing, correction_bias: Tensor | None = Non
     _route[(triton.cdiv(tokens, _TOKENS),)](
         logits.contiguous(),
         logits if correction_bias is None else correction_bias.contiguous(),
+        chosen if slots is None else slots,
         weights,
         chosen,
         tokens,
@@ -43,6 +46,7 @@ def route(logits: Tensor, routing: Routing, correction_bias: Tensor | None = Non
         SOFTMAX_AFTER=routing.softmax_after_topk,
         NORMALIZE=routing.normalize,
         BIASED=correction_bias is not None,
+        SLOTS=slots is not None,
         GROUPS=routing.num_groups,
         TOP_GROUPS=routing.top_groups,
         TOP2_SUM=routing.group_score == "top2_sum",
@@ -86,18 +90,21 @@ def _best_groups(
 
 @triton.jit
 def _route(
-    logits, bias, weights, chosen, num_tokens, num_experts, scale,
+    logits, bias, slots, weights, chosen, num_tokens, num_experts, scale,
     TOP_K: tl.constexpr, SIGMOID: tl.constexpr, SOFTMAX_AFTER: tl.constexpr, NORMALIZE: tl.constexpr,
-    BIASED: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2_SUM: tl.constexpr,
-    EXPERTS: tl.constexpr, TOKENS: tl.constexpr,
+    BIASED: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    TOP2_SUM: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     column = tl.arange(0, EXPERTS)
     real = column < num_experts
     here = token < num_tokens
+    somebody = here
+    if SLOTS:
+        somebody = tl.load(slots + token, mask=here, other=-1) >= 0
     place = token[:, None] * num_experts + column[None, :]
     scores = tl.load(logits + place, mask=here[:, None] & real[None, :], other=float("-inf"))
-    scores = tl.where(here[:, None], scores, 0.0)
+    scores = tl.where(somebody[:, None], scores, 0.0)
     if SIGMOID:
         scores = 1.0 / (1.0 + tl.exp(-scores))
     elif not SOFTMAX_AFTER:
@@ -117,6 +124,7 @@ def _route(
         choice = tl.where(is_best, float("-inf"), choice)
         weight = tl.sum(tl.where(is_best, scores, 0.0), axis=1)
         taken = tl.where(slot[None, :] == j, weight[:, None], taken)
+        best = tl.where(somebody, best, num_experts)
         tl.store(chosen + token * TOP_K + j, best.to(tl.int64), mask=here)
     used = (slot < TOP_K)[None, :]
     if SOFTMAX_AFTER:
@@ -124,4 +132,5 @@ def _route(
         taken = taken / tl.sum(tl.where(used, taken, 0.0), axis=1)[:, None]
     if NORMALIZE:
         taken = taken / (tl.sum(tl.where(used, taken, 0.0), axis=1)[:, None] + 1e-20)
-    tl.store(weights + token[:, None] * TOP_K + slot[None, :], taken * scale, mask=here[:, None] & used)
+    taken = tl.where(somebody[:, None], taken * scale, 0.0)
+    tl.store(weights + token[:, None] * TOP_K + slot[None, :], taken, mask=here[:, None] & used)

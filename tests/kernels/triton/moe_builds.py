@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.triton import moe, moe_route
+from kernels.triton import moe, moe_align, moe_route
 
 TYPES = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
 
@@ -39,15 +39,17 @@ def test_experts(architecture: int, dtype: str, biased: bool) -> None:
     ptx.append(build(moe._down, architecture, second | blocks | sizes, {"BIASED": biased, **tile}))
     if dtype != "fp32":  # by the matrix units
         assert all("mma" in text for text in ptx)
-    third = {"results": "*fp32", "out": "*fp32", "hidden": "i32"}
+    third = {"results": "*fp32", "experts": "*i64", "out": "*fp32", "num_experts": "i32", "hidden": "i32"}
     build(moe._sum, architecture, third, {"TOP_K": 8, "WIDTH": 1024})
 
 
 @pytest.mark.parametrize(("architecture", "groups", "top2"), [(80, 1, False), (90, 8, False), (90, 8, True)])
 def test_routing(architecture: int, groups: int, top2: bool) -> None:
-    arguments = {"logits": "*fp32", "bias": "*fp32", "weights": "*fp32", "chosen": "*i64"}
+    arguments = {"logits": "*fp32", "bias": "*fp32", "slots": "*i64"}
+    arguments |= {"weights": "*fp32", "chosen": "*i64"}
     arguments |= {"num_tokens": "i32", "num_experts": "i32", "scale": "fp32"}
     constants = {"TOP_K": 6, "SIGMOID": top2, "SOFTMAX_AFTER": False, "NORMALIZE": True, "BIASED": top2}
+    constants["SLOTS"] = True
     constants |= {
         "GROUPS": groups,
         "TOP_GROUPS": (groups + 1) // 2,
@@ -56,3 +58,11 @@ def test_routing(architecture: int, groups: int, top2: bool) -> None:
         "TOKENS": 4,
     }
     build(moe_route._route, architecture, arguments, constants)
+
+
+@pytest.mark.parametrize(("architecture", "size", "experts"), [(80, 16, 64), (90, 128, 512)])
+def test_blocks_of_rows(architecture: int, size: int, experts: int) -> None:
+    arguments = {"experts": "*i64", "rows": "*i32", "of_blocks": "*i32", "cursors": "*i32", "given": "*i64"}
+    arguments |= dict.fromkeys(("count", "num_experts", "number"), "i32")
+    constants = {"COUNTED": True, "SIZE": size, "EXPERTS": experts, "CHUNK": 2048, "BLOCKS": 32}
+    build(moe_align._align, architecture, arguments, constants)

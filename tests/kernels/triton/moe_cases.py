@@ -11,7 +11,8 @@ from torch import Tensor
 from kernels import reference_moe as reference
 from kernels.reference import silu_mul
 from kernels.reference_moe import Routing, clamped_swiglu
-from kernels.triton.moe import align, fused_experts
+from kernels.triton.moe import fused_experts
+from kernels.triton.moe_align import align
 from kernels.triton.moe_route import route
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,19 +47,43 @@ def test_routing(name: str, experts: int, biased: bool) -> None:
     torch.testing.assert_close(weights, wanted_weights)
 
 
+def test_tokens_that_only_fill_up_go_to_nobody() -> None:
+    logits = normal(6, 12) * 4
+    logits[4] = torch.nan
+    slots = torch.tensor([3, -1, 0, 9, -1, 2], device=DEVICE)
+    wanted_weights, wanted = reference.route(logits, ROUTINGS["deepseek-v3"])
+    weights, chosen = route(logits, ROUTINGS["deepseek-v3"], None, slots)
+    assert torch.equal(chosen[slots >= 0], wanted[slots >= 0])
+    torch.testing.assert_close(weights[slots >= 0], wanted_weights[slots >= 0])
+    assert (chosen[slots < 0] == 12).all()
+    assert not weights[slots < 0].any()
+
+
 def test_no_tokens() -> None:
     weights, chosen = route(normal(0, 8), Routing(2))
     assert weights.shape == chosen.shape == (0, 2)
     assert fused_experts(normal(0, 8), weights, chosen, normal(8, 12, 8), normal(8, 8, 6)).shape == (0, 8)
 
 
-@pytest.mark.parametrize("experts", [[[0, 1]], [[5, 5], [5, 5], [5, 0]], [[i % 6, 3] for i in range(40)]])
+@pytest.mark.parametrize(
+    "experts",
+    [
+        [[0, 1]],
+        [[5, 5], [5, 5], [5, 0]],
+        [[i % 6, 3] for i in range(200)],
+        [[6, 6], [2, 1], [6, 6]],
+        [[6, 6]],
+    ],
+)
 def test_blocks_are_of_one_expert(experts: list[list[int]]) -> None:
+    """Of six; what is given to a seventh is given to nobody."""
     flat = torch.tensor(experts, device=DEVICE)
-    blocks = align(flat, 6, 4)
+    given = torch.arange(6, device=DEVICE)
+    blocks = align(flat, 6, 4, given)
     rows = blocks.rows.view(-1, 4).tolist()
     seen = [a for row in rows for a in row if a < flat.numel()]
-    assert sorted(seen) == list(range(flat.numel()))
+    assert sorted(seen) == [a for a, expert in enumerate(flat.flatten().tolist()) if expert < 6]
+    assert torch.equal(given, torch.arange(6, device=DEVICE) + flat.flatten().bincount(minlength=7)[:6])
     for expert, row in zip(blocks.experts.tolist(), rows, strict=True):
         assert all(flat.flatten()[a] == expert for a in row if a < flat.numel())
         assert expert == 6 or row[0] < flat.numel()  # no block of nothing but filling
@@ -80,7 +105,14 @@ def test_experts(tokens: int, dtype: torch.dtype, form: str) -> None:
     clamped = (1.702, 1.0) if form == "gpt-oss" else None
     x, gate_up, down = (value.to(dtype) for value in (x, gate_up, down))
     weights, chosen = reference.route(normal(tokens, experts, seed=9) * 4, routing)
-    mine = fused_experts(x, weights, chosen, gate_up, down, biases, clamped)
+    nobody = torch.full((2, 3), experts, device=DEVICE)  # whose rows are not computed, whatever they hold
+    mine = fused_experts(
+        torch.cat((x, torch.full_like(x[:1], torch.nan).expand(2, -1))),
+        torch.cat((weights, torch.zeros_like(weights[:1]).expand(2, -1))),
+        torch.cat((chosen, nobody)), gate_up, down, biases, clamped,
+    )  # fmt: skip
+    assert not mine[tokens:].any()
+    mine = mine[:tokens]
 
     order, counts = reference.permute(chosen, experts)
     gate = silu_mul if clamped is None else partial(clamped_swiglu, alpha=clamped[0], limit=clamped[1])
