@@ -8,9 +8,11 @@ from torch import Tensor
 
 from kernels import reference, reference_relayout
 from kernels.reference_relayout import Wire
-from kernels.triton.norms import add_rms_norm, silu_mul
+from kernels.triton.norms import add_rms_norm, rms_norm, silu_mul
 from kernels.triton.paged_kv import PagedKv
 from kernels.triton.rope_kv import HeadNorms, rotate_and_write
+from kernels.triton.rope_latent import rotate_and_write_latents
+from kernels.triton.write_kv import write_kv
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -161,3 +163,86 @@ def test_what_does_not_fit_is_said() -> None:
     with pytest.raises(ValueError, match="odd"):
         silu_mul(normal(2, 7))
     assert silu_mul(normal(0, 8)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("width", [24, 1025])
+def test_norm_of_rows_with_gaps(width: int) -> None:
+    wide, weight = normal(3, width + 7), normal(width, seed=1)
+    got = rms_norm(wide[:, 5 : 5 + width], weight, 1e-6)
+    close(got, reference.rms_norm(wide[:, 5 : 5 + width], weight, 1e-6), torch.float32)
+
+
+@pytest.mark.parametrize("wire", [None, "int8"])
+def test_keys_and_values_as_they_are(wire: Wire | None) -> None:
+    kv_heads, dim = 2, 16
+    floats = torch.zeros(BLOCKS, LAYERS, 2, kv_heads, SIZE, dim, device=DEVICE)
+    k, v = normal(3, kv_heads, dim), normal(3, 5, dim)[:, 1 : 1 + kv_heads]
+    slots = torch.tensor([7, -1, 18], device=DEVICE)
+    reference.write_kv(floats, 1, k[slots >= 0], v[slots >= 0], slots[slots >= 0])
+    want, cache = PagedKv.of(floats), PagedKv.of(torch.zeros_like(floats))
+    if wire is not None:
+        tiles = reference_relayout.compress(floats, wire)
+        want = PagedKv.of_tiles(tiles, SIZE, dim, wire)
+        cache = PagedKv.of_tiles(torch.zeros_like(tiles), SIZE, dim, wire)
+    write_kv(k, v, cache, 1, slots)
+    assert torch.equal(cache.data, want.data)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "rank", "rotated"),
+    [(torch.float32, 3, 16, 8), (torch.float32, 1, 20, 12), (torch.bfloat16, 4, 32, 8)],
+    ids=str,
+)
+def test_latents_and_the_queries_to_them(dtype: torch.dtype, heads: int, rank: int, rotated: int) -> None:
+    """The latent normed, its key and the queries' last dimensions rotated; the row written where it has a slot."""
+    dim, nope = rank + rotated, 5
+    rows = normal(4, dim + 3, dtype=dtype)[:, 3:]  # behind what else the projection gave
+    queries = normal(4, heads, nope + rotated, dtype=dtype)
+    weight = normal(rank, dtype=dtype, seed=4)
+    slots, positions = (torch.tensor(v, device=DEVICE) for v in ([7, 18, -1, 0], [3, 49, 9, 0]))
+    cos, sin = angles(rotated)
+    cache = normal(BLOCKS, LAYERS, 1, 1, SIZE, dim, dtype=dtype)
+    before = cache.clone()
+    q = rotate_and_write_latents(
+        rows, queries, PagedKv.of(cache), 1, slots, positions, cos, sin, weight, 1e-5
+    )
+    at = cos[positions], sin[positions]
+    turned = reference.apply_rope(queries[..., nope:].float(), *at)
+    assert q.shape == (4, heads, dim)
+    close(q[..., rank:], turned, dtype)
+    latent = reference.rms_norm(rows[:, :rank].float(), weight.float(), 1e-5)
+    key = reference.apply_rope(rows[:, None, rank:].float(), *at)[:, 0]
+    written = slots >= 0
+    block, offset = slots[written] // SIZE, slots[written] % SIZE
+    got = cache[block, 1, 0, 0, offset]
+    close(got, torch.cat((latent, key), 1)[written], dtype)
+    before[block, 1, 0, 0, offset] = got
+    assert torch.equal(cache, before)  # and no other row
+
+
+@pytest.mark.parametrize("wire", ["int8", "fp8"])
+def test_latents_in_a_quantized_cache(wire: Wire) -> None:
+    heads, rank, rotated = 2, 24, 8
+    dim = rank + rotated
+    floats = torch.zeros(BLOCKS, LAYERS, 1, 1, SIZE, dim, device=DEVICE)
+    tiles = reference_relayout.compress(floats, wire)
+    rows, queries, weight = normal(3, dim), normal(3, heads, 4 + rotated), normal(rank)
+    slots, positions = torch.tensor([4, 19, 1], device=DEVICE), torch.arange(3, device=DEVICE)
+    quantized = PagedKv.of_tiles(tiles, SIZE, dim, wire)
+    for cache in (PagedKv.of(floats), quantized):
+        rotate_and_write_latents(rows, queries, cache, 0, slots, positions, *angles(rotated), weight, 1e-5)
+    want = reference_relayout.restore(reference_relayout.compress(floats, wire), SIZE, torch.float32, wire)
+    # Compiled, one launch fuses multiplications and the other does not: last bits, and what they round to.
+    close_to = {"rtol": 0.0, "atol": 0.0} if DEVICE == "cpu" else {"rtol": 0.1, "atol": 0.05}
+    torch.testing.assert_close(quantized.values(), want, **close_to)
+
+
+def test_latents_that_do_not_fit() -> None:
+    cache = PagedKv.of(normal(BLOCKS, LAYERS, 1, 1, SIZE, 24))
+    one = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match="rows of 20, a norm of 16 and a rotation of 8"):
+        rotate_and_write_latents(
+            normal(1, 20), normal(1, 2, 12), cache, 0, one, one, *angles(8), normal(16), 1e-5
+        )
+    with pytest.raises(ValueError, match="do not go into 1 planes"):
+        write_kv(normal(1, 1, 24), normal(1, 1, 24), cache, 0, one)
