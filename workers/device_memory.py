@@ -34,6 +34,22 @@ class DevicePages:
         return self._cuda.bytes_at(self._device, self.address, self.num_bytes, self)
 
 
+class LentDevicePages:
+    """Those of another process of this worker, opened here. Peers open them by the same handle."""
+
+    def __init__(self, handle: bytes, num_bytes: int, device: torch.device, cuda: Cuda | None = None) -> None:
+        """`device`: by which this process reads and writes them. Raises RuntimeError."""
+        self.handle, self.num_bytes = handle, num_bytes
+        self._cuda, self._device = cuda or CupyCuda(), device
+        self.address = self._cuda.open(device, handle)
+        weakref.finalize(self, self._cuda.close, device, self.address).atexit = False
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """uint8 [num_bytes]"""
+        return self._cuda.bytes_at(self._device, self.address, self.num_bytes, self)
+
+
 def exportable_pages(num_bytes: int, device: torch.device) -> DevicePages | None:
     """None where cupy or the driver can't: the cache is one that only its own process sees, then."""
     cuda = CupyCuda()

@@ -25,6 +25,7 @@ from workers.models.fallback_spec import FallbackSpec, read_spec
 from workers.models.kv_cache import wire_of
 from workers.models.moe import MakeExperts, local_experts
 from workers.models.spec import DecoderSpec
+from workers.parallel.collectives import ALONE, Parallel
 from workers.protocol.messages import KvLayout
 from workers.shared_memory import SharedPages
 
@@ -83,8 +84,15 @@ class Backend(Protocol):
         """Called once. `share_kv`: keep the KV cache in memory that other processes can map or open."""
 
 
-def open_backend(config: EngineConfig, model: PreparedModel, experts: ExpertPlane | None = None) -> Backend:
+def open_backend(
+    config: EngineConfig,
+    model: PreparedModel,
+    experts: ExpertPlane | None = None,
+    parallel: Parallel = ALONE,
+) -> Backend:
     """Load the weights; routed experts are left to `experts`, which is equipped, where they are spread over ranks.
+
+    With tensor-parallel ranks this one's part; the backend's layout is the whole model's.
 
     Raises ModelError, and ValueError for a setting that cannot be had here.
     """
@@ -95,9 +103,18 @@ def open_backend(config: EngineConfig, model: PreparedModel, experts: ExpertPlan
     if isinstance(spec, FallbackSpec):
         from workers.engine.fallback_runner import FallbackBackend
 
+        if not parallel.shard.whole:
+            raise ValueError(
+                f"tensor_parallel is {parallel.shard.size}: {spec.architecture} runs through transformers, whole"
+            )
         return FallbackBackend(config, model, spec, device, experts)
-    if device.type != "cpu" or config.kernels == "torch":
-        return TorchBackend(config, model, device, experts)
+    if not parallel.shard.whole and config.kernels not in ("auto", "torch"):
+        raise ValueError(
+            f"engine.kernels is {config.kernels}, tensor_parallel is {parallel.shard.size}: its ranks run on torch; "
+            "use auto"
+        )
+    if device.type != "cpu" or config.kernels == "torch" or not parallel.shard.whole:
+        return TorchBackend(config, model, device, experts, parallel)
     try:
         return NativeBackend(config, model, experts)
     except NotHere as error:
@@ -120,6 +137,7 @@ class TorchBackend:
         model: PreparedModel,
         device: torch.device,
         experts: ExpertPlane | None = None,
+        parallel: Parallel = ALONE,
     ) -> None:
         from workers.engine.sampler import Sampler
         from workers.models.decoder import load_decoder
@@ -131,7 +149,9 @@ class TorchBackend:
         dtype = choose_dtype(config.dtype)
         make = local_experts if experts is None else _spread(experts, config, model, dtype, device)
         wire = wire_of(config.kv_cache_dtype)
-        self._decoder = load_decoder(model.path, dtype, device, model.max_model_len, make, kv_wire=wire)
+        self._decoder = load_decoder(
+            model.path, dtype, device, model.max_model_len, make, kv_wire=wire, parallel=parallel
+        )
         self._sampler = Sampler(frozenset(model.eos_token_ids))
         stored = wire or _name(dtype)
         self.layout = kv_layout(self._decoder.spec, config.block_size, stored, model.fingerprint)

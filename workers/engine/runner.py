@@ -15,6 +15,7 @@ from workers.engine.plan import Sampled
 from workers.engine.sampler import Sampler
 from workers.engine.step_input import StepInput
 from workers.models.decoder import Decoder
+from workers.models.sharding import rank_layout
 from workers.protocol.messages import KvLayout
 from workers.shared_memory import SharedPages
 
@@ -31,7 +32,8 @@ class TorchRunner:
         self.layout = layout
         self.weights = str(model.dtype).removeprefix("torch.")
         self._sampler = sampler
-        self.shared = shared_pages(num_blocks * layout.block_bytes, model.device) if share_kv else None
+        num_bytes = num_blocks * rank_layout(layout, model.shard).block_bytes
+        self.shared = shared_pages(num_bytes, model.device) if share_kv else None
         pages = None if self.shared is None else self.shared.tensor
         self.kv_cache = model.new_kv_cache(num_blocks, layout.block_size, pages)
 
@@ -43,14 +45,15 @@ class TorchRunner:
 
     @torch.inference_mode()
     def run(self, step: StepInput) -> list[Sampled]:
-        """One entry for each of `step.samples`."""
+        """One entry for each of `step.samples`: of none on tensor-parallel ranks behind the first."""
         inputs = StepTensors.of(step.arrays, self.layout.block_size, self.device)
         hidden = self.model.forward(
             inputs.token_ids, inputs.positions, self.kv_cache, inputs.attention, inputs.rows
         )
-        if not step.samples:
+        if not len(step.arrays.rows):
             return []
-        return self._sampler(self.model.logits(hidden), step.samples)
+        logits = self.model.logits(hidden)  # by all ranks together
+        return self._sampler(logits, step.samples) if step.samples else []
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ class Decoder:
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
         self.max_positions = max_positions or spec.max_position
+        self.shard = parallel.shard
         self._local = local = sharded(spec, parallel.shard)
         self._embed = Embedding(weights.embedding, spec.vocab_size, parallel)
         self._rope = RopeTable(spec.rope, spec.rope_dim, self.max_positions, self.dtype, self.device)

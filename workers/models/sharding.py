@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
+
 from workers.models.errors import ModelError
 from workers.models.spec import DecoderSpec
 from workers.parallel.shard import Shard
+from workers.protocol.messages import KvLayout
 from workers.transfer.shards import heads_of
 
 
@@ -61,6 +64,12 @@ def sharded(spec: DecoderSpec, shard: Shard) -> DecoderSpec:
         intermediate_size=spec.intermediate_size // shard.size,
         moe=moe,
     )
+
+
+def rank_layout(layout: KvLayout, shard: Shard) -> KvLayout:
+    """Of the KV heads that one rank holds; its `block_bytes` is what a block takes there."""
+    heads = heads_of(shard.rank, shard.size, layout.num_kv_heads)
+    return msgspec.structs.replace(layout, num_kv_heads=len(heads))
 
 
 def check_shardable(spec: DecoderSpec, ranks: int) -> None:

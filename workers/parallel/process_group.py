@@ -25,6 +25,17 @@ class GroupError(RuntimeError):
     """The ranks did not come together, or one of them was lost."""
 
 
+def open_store(at: str, timeout_s: float) -> Any:
+    """torch's store at "host port". Raises GroupError."""
+    host, port = at.split()
+    try:
+        return _distributed.TCPStore(
+            host, int(port), None, False, timedelta(seconds=timeout_s), wait_for_workers=False
+        )
+    except RuntimeError as error:
+        raise GroupError(f"the store of the ranks at {at}: {error}") from error
+
+
 class RankGroup:
     """See `workers.parallel.collectives.Parallel`. Used by one thread at a time."""
 
@@ -38,7 +49,7 @@ class RankGroup:
             self._group = join(store, shard, device, wait)
             here = torch.zeros(1, dtype=torch.int32, device=device)
             self.all_reduce(here)  # NCCL connects with the first collective, which belongs to the start
-            self._group._set_default_timeout(timedelta(seconds=_STEP_S))
+            self._allow(timedelta(seconds=_STEP_S))
         except RuntimeError as error:
             raise GroupError(f"{shard.size} ranks on {device} did not come together: {error}") from error
 
@@ -69,6 +80,10 @@ class RankGroup:
             group.abort()
         self._store = None
 
+    def _allow(self, step: timedelta) -> None:
+        """So long a rank may wait for the others in a step."""
+        self._group._set_default_timeout(step)
+
     def _wait(self, work: Any) -> None:
         """gloo: until it is done. NCCL: only the current stream waits."""
         if work is not None:
@@ -91,3 +106,12 @@ def _nccl(store: Any, shard: Shard, device: torch.device, wait: timedelta) -> An
     options = nccl.Options()
     options._timeout = wait
     return nccl(store, shard.rank, shard.size, options)
+
+
+def own_device(device: torch.device, rank: int) -> torch.device:
+    """A rank's GPU: the only one that it sees, or the one of its number, which `cuda` alone means from here on."""
+    if device.type != "cuda":
+        return device
+    own = torch.device("cuda", rank if torch.cuda.device_count() > 1 else 0)
+    torch.cuda.set_device(own)
+    return own

@@ -19,7 +19,7 @@ from kernels.cache_view import CacheView
 from kernels.cpu.relayout import Dtype, compress_blocks, copy_blocks, restore_blocks
 from kernels.reference_relayout import part
 from workers.cuda import device_errors, stream_on, wait_for
-from workers.device_memory import DevicePages
+from workers.device_memory import DevicePages, LentDevicePages
 from workers.protocol.messages import Compression, KvLayout
 from workers.shared_memory import SharedPages
 from workers.transfer.device_relayout import relayout_for
@@ -164,7 +164,12 @@ class DeviceBlocks:
 
     shared = None
 
-    def __init__(self, kv_cache: torch.Tensor, layout: KvLayout, exported: DevicePages | None = None) -> None:
+    def __init__(
+        self,
+        kv_cache: torch.Tensor,
+        layout: KvLayout,
+        exported: DevicePages | LentDevicePages | None = None,
+    ) -> None:
         """[num_blocks, num_layers, planes, heads of this rank, block_size, head_dim], or a quantized one's tiles
         (kernels/paged_kv.py); `exported`: the memory it lies in, when other processes can open it."""
         if layout.quantized:
@@ -327,12 +332,17 @@ def _row_dtype(layout: KvLayout) -> Dtype:
 
 
 def block_memory(
-    kv_cache: torch.Tensor, layout: KvLayout, shared: SharedPages | DevicePages | None = None
+    kv_cache: torch.Tensor,
+    layout: KvLayout,
+    shared: SharedPages | DevicePages | None = None,
+    num_heads: int | None = None,
 ) -> BlockMemory:
-    """Of a whole cache in canonical order; `shared`: the pages it lies in, when others can map or open them."""
+    """Of a cache in canonical order; `shared`: the pages it lies in, when others can map or open them. `num_heads`: of
+    this rank, None: all of the layout's."""
     if kv_cache.device.type != "cpu":
         return DeviceBlocks(kv_cache, layout, shared if isinstance(shared, DevicePages) else None)
-    return HostBlocks(_bytes_of(kv_cache), layout, shared=shared if isinstance(shared, SharedPages) else None)
+    pages = shared if isinstance(shared, SharedPages) else None
+    return HostBlocks(_bytes_of(kv_cache), layout, num_heads=num_heads, shared=pages)
 
 
 def _bytes_of(tensor: torch.Tensor) -> NDArray[np.uint8]:

@@ -16,7 +16,7 @@ import msgspec
 
 from kernels.cache_view import CacheView
 from workers.cuda import Cuda, CupyCuda, DeviceError, device_errors, wait_for
-from workers.device_memory import DevicePages
+from workers.device_memory import DevicePages, LentDevicePages
 from workers.protocol.messages import Compression, KvBlocks, KvEndpoint, KvOpen, KvWindow
 from workers.protocol.messages import Road as RoadName
 from workers.shared_memory import PagesError
@@ -75,7 +75,9 @@ class CudaIpc:
 
 
 class CudaIpcOutlet:
-    def __init__(self, end: End, memory: DeviceBlocks, pages: DevicePages, cuda: Cuda) -> None:
+    def __init__(
+        self, end: End, memory: DeviceBlocks, pages: DevicePages | LentDevicePages, cuda: Cuda
+    ) -> None:
         self._timeout_s = end.config.io_timeout_s
         self._view, self._pages = memory.view, pages
         self._closed = False
