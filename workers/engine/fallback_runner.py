@@ -18,6 +18,7 @@ from workers.experts.plane import ExpertPlane
 from workers.models.catalog import PreparedModel
 from workers.models.fallback import FallbackModel, load_fallback
 from workers.models.fallback_spec import FallbackSpec
+from workers.models.kv_cache import wire_of
 from workers.protocol.messages import KvLayout
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ class FallbackBackend:
             )
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        self._model = load_fallback(model.path, spec, choose_dtype(config.dtype), device)
+        wire = wire_of(config.kv_cache_dtype)
+        self._model = load_fallback(model.path, spec, choose_dtype(config.dtype), device, kv_wire=wire)
         check_chunks(self._model)
         logger.warning(
             "%s runs through transformers, slower than an architecture that we know: %s",
@@ -58,7 +60,7 @@ class FallbackBackend:
             num_kv_heads=self._model.num_kv_heads,
             head_dim=self._model.head_dim,
             block_size=config.block_size,
-            dtype=str(self._model.dtype).removeprefix("torch."),
+            dtype=wire or str(self._model.dtype).removeprefix("torch."),
             model_fingerprint=model.fingerprint,
         )
 
@@ -72,8 +74,6 @@ def _not_heeded(config: EngineConfig, experts: ExpertPlane | None) -> str | None
         return f"engine.kernels {config.kernels}"
     if config.quantization not in ("auto", "none"):
         return f"engine.quantization {config.quantization}"
-    if config.kv_cache_dtype == "int8":
-        return "engine.kv_cache_dtype int8"
     return "a pool of expert-parallel ranks" if experts is not None else None
 
 
@@ -90,7 +90,7 @@ class FallbackRunner:
         share_kv: bool = False,
     ) -> None:
         self.device = model.device
-        self.weights = layout.dtype
+        self.weights = str(model.dtype).removeprefix("torch.")
         self._model, self._sampler, self._block_size = model, sampler, layout.block_size
         self.shared = shared_pages(num_blocks * layout.block_bytes, model.device) if share_kv else None
         pages = None if self.shared is None else self.shared.tensor
@@ -106,7 +106,7 @@ class FallbackRunner:
     def run(self, step: StepInput) -> list[Sampled]:
         """One entry for each of `step.samples`."""
         inputs = StepTensors.of(step.arrays, self._block_size, self.device)
-        logits = self._model.logits(
+        found = self._model.forward(
             inputs.token_ids, inputs.positions, self.kv_cache, inputs.attention, inputs.rows
         )
-        return self._sampler(logits, step.samples) if step.samples else []
+        return self._sampler(self._model.logits(found), step.samples) if step.samples else []

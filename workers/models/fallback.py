@@ -12,25 +12,46 @@ from torch import Tensor, nn
 
 from kernels.attention_step import AttentionStep
 from kernels.paged_kv import PagedKv
-from kernels.reference import AttentionPlan, Scratch
+from kernels.reference_relayout import Wire
 from workers.models.errors import ModelError
-from workers.models.fallback_attention import NAME, Layer, Slot, Step, Trial, install, register
+from workers.models.fallback_attention import (
+    NAME,
+    TRIAL_NAME,
+    Layer,
+    Slot,
+    Step,
+    Trial,
+    install,
+    register,
+)
 from workers.models.fallback_spec import UNREADABLE, FallbackSpec
 from workers.models.kv_cache import new_kv_cache
+from workers.models.ops import Ops, torch_ops
 
 logger = logging.getLogger(__name__)
 
 
-def load_fallback(path: Path, spec: FallbackSpec, dtype: torch.dtype, device: torch.device) -> FallbackModel:
+def load_fallback(
+    path: Path,
+    spec: FallbackSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    ops: Ops | None = None,
+    kv_wire: Wire | None = None,
+) -> FallbackModel:
     """Read a prepared directory. Raises ModelError when it cannot be read, or caches what pages do not hold."""
     register()
     module = _load(path, spec, dtype).to(device).eval()
     slot = install(module)
-    return FallbackModel(module, spec, slot, _try_layers(module, slot), dtype, device)
+    layers = _try_layers(module, slot)
+    return FallbackModel(module, spec, slot, layers, dtype, device, ops or torch_ops(), kv_wire)
 
 
 class FallbackModel:
-    """A causal language model of transformers. The KV cache belongs to the caller. Not thread-safe."""
+    """A causal language model of transformers, called as a `Decoder` is. The KV cache belongs to the caller.
+
+    Not thread-safe.
+    """
 
     def __init__(
         self,
@@ -40,31 +61,45 @@ class FallbackModel:
         layers: Mapping[nn.Module, Layer],
         dtype: torch.dtype,
         device: torch.device,
+        ops: Ops,
+        kv_wire: Wire | None,
     ) -> None:
-        """`layers`: as `Trial` has seen them, with equal numbers of KV heads."""
+        """`layers`: as `Trial` has seen them, with equal numbers of KV heads. `kv_wire`: as in Decoder."""
+        self.ops, self.kv_wire = ops, kv_wire
         self.module, self.spec, self.dtype, self.device = module, spec, dtype, device
         self._slot, self._layers = slot, layers
         self.num_layers = len(layers)
         self.num_kv_heads = next(iter(layers.values())).num_kv_heads
         self.head_dim = max(max(layer.key_dim, layer.value_dim) for layer in layers.values())
-        self._scratch = Scratch()
 
     def new_kv_cache(self, num_blocks: int, block_size: int, pages: Tensor | None = None) -> Tensor:
-        """A zeroed cache in canonical layout, see `kernels.reference`; in `pages`, uint8 zeros, when given."""
+        """A zeroed cache, see kernels/paged_kv.py; in `pages`, uint8 zeros, when given."""
         shape = (num_blocks, self.num_layers, 2, self.num_kv_heads, block_size, self.head_dim)
-        return new_kv_cache(shape, self.dtype, None, self.device, pages)
+        return new_kv_cache(shape, self.dtype, self.kv_wire, self.device, pages)
 
     @torch.inference_mode()
-    def logits(
-        self, token_ids: Tensor, positions: Tensor, kv_cache: Tensor, step: AttentionStep, rows: Tensor
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        kv_cache: Tensor,
+        step: AttentionStep,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """Run one step and write its keys and values into `kv_cache`: float32 [R, vocab].
+        """Run one step and write its keys and values into `kv_cache`. What `logits` takes, of `rows` or all tokens.
 
-        token_ids, positions: int64 [T], positions below spec.max_position. rows: int64 [R], of which logits are wanted.
+        token_ids, positions: int64 [T], positions below spec.max_position; rows: int64 [R]. It is logits [R, vocab] in the
+        model's dtype already: a family's caps and scales of logits are part of transformers' own pass.
         """
-        paged = Step(self._layers, AttentionPlan(step, PagedKv.of(kv_cache), self._scratch), kv_cache)
-        with self._slot.holding(paged):
-            return _forward(self.module, token_ids, positions, rows).float()
+        cache = PagedKv.held_in(kv_cache, self.head_dim, self.kv_wire)
+        attention = self.ops.attention(cache, step, None, positions)
+        with self._slot.holding(Step(self._layers, attention, self.head_dim, self.dtype)):
+            return _forward(self.module, token_ids, positions, 0 if rows is None else rows)
+
+    @torch.inference_mode()
+    def logits(self, found: Tensor) -> Tensor:
+        """What `forward` gave, [R, vocab], in float32."""
+        return found.float()
 
     @torch.inference_mode()
     def own_logits(self, token_ids: Tensor) -> Tensor:
@@ -72,13 +107,13 @@ class FallbackModel:
         positions = torch.arange(len(token_ids), device=self.device)
         self.module.set_attn_implementation("eager")  # which heeds every mask and cap
         try:
-            return _forward(self.module, token_ids, positions, positions).float()
+            return _forward(self.module, token_ids, positions, 0).float()
         finally:
             self.module.set_attn_implementation(NAME)
 
 
-def _forward(module: Any, token_ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
-    """Logits [R, vocab] of one flattened batch, caps and scales of the model included."""
+def _forward(module: Any, token_ids: Tensor, positions: Tensor, rows: Tensor | int) -> Tensor:
+    """Logits [R, vocab] of one flattened batch, caps and scales of the model included. rows 0: of all tokens."""
     out = module(
         input_ids=token_ids[None],
         position_ids=positions[None],
@@ -100,7 +135,7 @@ def _load(path: Path, spec: FallbackSpec, dtype: torch.dtype) -> Any:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
-            attn_implementation=NAME,
+            attn_implementation=TRIAL_NAME,
             trust_remote_code=False,
             local_files_only=True,
             use_safetensors=True,
@@ -135,4 +170,5 @@ def _try_layers(module: Any, slot: Slot) -> dict[nn.Module, Layer]:
     vocab_size = module.config.get_text_config(decoder=True).vocab_size
     if logits.shape != (2, vocab_size):
         raise ModelError(f"{name} gives logits of shape {list(logits.shape)}, not [2, {vocab_size}]")
+    module.set_attn_implementation(NAME)
     return trial.layers

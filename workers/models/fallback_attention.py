@@ -1,11 +1,13 @@
 """transformers' attention interface, served by our paged attention.
 
-A model that was built with `NAME` as its attention implementation calls `_attend` in every layer, with the heads of one
-flattened batch. What attends in this pass lies in the model's `Slot`, for not every family (StableLM) hands a keyword
-argument of the model's caller down to its attention.
+A model whose attention implementation is `NAME` calls `_attend` in every layer, with the heads of one flattened batch.
+What attends in this pass lies in the model's `Slot`, for not every family (StableLM) hands a keyword argument of the model's
+caller down to its attention.
 
 The window of a layer is what its mask hides, for that is what transformers' own eager attention heeds: `Trial` looks at the
-masks once, at the start, and refuses those that are neither causal nor a causal window.
+masks once, at the start, and refuses those that are neither causal nor a causal window. Only `TRIAL_NAME` has masks:
+transformers makes none for an implementation that has no function for them, nor does it then ask the device whether
+sequences are packed.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels.reference import AttentionPlan
 from workers.models.errors import ModelError
+from workers.models.ops import Attention
 
 NAME = "headrace_paged"
+TRIAL_NAME = "headrace_trial"
 _SLOT = "headrace_slot"  # attribute of the model's modules
 
 # Further arguments with which models change the scores or the mask in ways of their own.
@@ -85,11 +88,12 @@ class Layer:
 
 
 def register() -> None:
-    """Make `NAME` known to transformers. Idempotent."""
+    """Make both names known to transformers. Idempotent."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, _mask)
+    AttentionInterface.register(TRIAL_NAME, _attend)
+    AttentionMaskInterface.register(TRIAL_NAME, _mask)
 
 
 def install(model: nn.Module) -> Slot:
@@ -168,20 +172,25 @@ def _window(mask: object) -> int | None:
 class Step:
     """Attention of one step over the KV cache."""
 
-    def __init__(self, layers: Mapping[nn.Module, Layer], plan: AttentionPlan, kv_cache: Tensor) -> None:
-        self._layers, self._plan = layers, plan
-        self._dtype, self._head_dim = kv_cache.dtype, kv_cache.shape[-1]
+    def __init__(
+        self, layers: Mapping[nn.Module, Layer], attention: Attention, head_dim: int, dtype: torch.dtype
+    ) -> None:
+        """`head_dim`: of the cache; `dtype`: of what goes there, in floats."""
+        self._layers, self._attention = layers, attention
+        self._head_dim, self._dtype = head_dim, dtype
 
     def attend(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: object, scores: Scores
     ) -> Tensor:
         layer = self._layers[module]
-        self._plan.write(layer.index, self._row(k), self._row(v))
+        self._attention.write(self._rows(k), self._rows(v), layer.index)
         sinks = None if scores.sinks is None else scores.sinks.to(self._dtype)
-        seen = self._plan.attend(self._row(q), layer.index, scores.scale, layer.window, sinks, scores.softcap)
+        seen = self._attention.attend(
+            self._rows(q).contiguous(), layer.index, scores.scale, layer.window, sinks, scores.softcap
+        )
         return seen[..., : layer.value_dim].to(q.dtype)
 
-    def _row(self, heads: Tensor) -> Tensor:
-        """As the cache has it: in its dtype, narrow heads filled up with zeros, which add nothing to a product."""
+    def _rows(self, heads: Tensor) -> Tensor:
+        """As the cache has them: in its dtype, narrow heads filled up with zeros, which add nothing to a product."""
         missing = self._head_dim - heads.shape[-1]
         return (functional.pad(heads, (0, missing)) if missing else heads).to(self._dtype)
