@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.attention_step import AttentionStep
+from kernels.reference_relayout import Wire
 from workers.models.catalog import PreparedModel, prepare_model
 from workers.models.checkpoint import read_json
 from workers.models.decoder import Decoder
@@ -59,10 +60,17 @@ class TransformersLogits:
 class TorchLogits:
     """Weights rounded as `scheme` says; activations in `dtype`, not rounded to integers as native kernels do."""
 
-    def __init__(self, model: PreparedModel, scheme: Scheme, dtype: torch.dtype, window: int) -> None:
+    def __init__(
+        self,
+        model: PreparedModel,
+        scheme: Scheme,
+        dtype: torch.dtype,
+        window: int,
+        kv_wire: Wire | None = None,
+    ) -> None:
         spec = DecoderSpec.from_config(read_json(model.path / "config.json"))
         weights = load_weights(model.path, spec, dtype, torch.device("cpu"), scheme)
-        self._decoder = Decoder(spec, weights, max_positions=window)
+        self._decoder = Decoder(spec, weights, max_positions=window, kv_wire=kv_wire)
         self._cache = self._decoder.new_kv_cache(-(-window // BLOCK_SIZE), BLOCK_SIZE)
 
     def __call__(self, token_ids: Sequence[int]) -> Tensor:
@@ -164,14 +172,18 @@ class Tally:
 def formats(model: PreparedModel, window: int) -> dict[str, Callable[[], Logits]]:
     """What can be measured, by name; each is loaded when called."""
 
-    def torch_format(quantization: str, dtype: torch.dtype = torch.bfloat16) -> Callable[[], Logits]:
+    def torch_format(
+        quantization: str, dtype: torch.dtype = torch.bfloat16, kv_wire: Wire | None = None
+    ) -> Callable[[], Logits]:
         scheme = choose_scheme(quantization, model.path)
-        return lambda: TorchLogits(model, scheme, dtype, window)
+        return lambda: TorchLogits(model, scheme, dtype, window, kv_wire)
 
     def native_format(quantization: str, kv: str = "auto") -> Callable[[], Logits]:
         return lambda: NativeLogits(model, quantization, kv, window)
 
     found = {"torch fp32": torch_format("none", torch.float32), "torch bf16": torch_format("none")}
+    wires: tuple[Wire, ...] = ("int8", "fp8")
+    found |= {f"torch bf16, {wire} KV": torch_format("none", kv_wire=wire) for wire in wires}
     found |= {f"torch {name}": torch_format(name) for name in ("int8", "int4")}
     if choose_scheme("stored", model.path).name == "stored":
         found["torch stored"] = torch_format("stored")
