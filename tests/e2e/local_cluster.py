@@ -1,14 +1,14 @@
-"""A cluster of real processes without Ray: workers as subprocesses, a Valkey, and a dispatcher in the test's loop."""
+"""A cluster of real processes without Ray: workers out of a nursery, a Valkey, and a dispatcher in the test's loop."""
 
 from __future__ import annotations
 
 import asyncio
+import atexit
+import functools
 import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -21,12 +21,20 @@ from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.dispatch_metrics import DispatchMetrics
 from router.generation import Generation, TokenChunk
+from tests.nursery import Child, Nursery
 from tests.valkey_server import EmbeddedValkey
 from workers.protocol.messages import Sampling, StatusReply
 
-ROOT = Path(__file__).resolve().parents[2]
 SECRET = "a secret of the tests, long enough"
 _names = itertools.count()
+
+
+@functools.cache
+def nursery() -> Nursery:
+    """One for all tests, from the first that needs it on."""
+    made = Nursery("tests.e2e.worker_process:serve")
+    atexit.register(made.close)
+    return made
 
 
 @dataclass
@@ -34,7 +42,7 @@ class Process:
     worker_id: str
     role: str
     settings: dict[str, Any]
-    popen: subprocess.Popen[bytes] | None = None
+    child: Child | None = None
     epoch: int = 0
 
 
@@ -103,17 +111,13 @@ class LocalCluster:
     async def __aexit__(self, *_: object) -> None:
         await self.dispatcher.stop()
         for process in self.processes.values():
-            if process.popen is not None and process.popen.poll() is None:
-                process.popen.send_signal(signal.SIGCONT)
-                process.popen.terminate()
+            if process.child is not None:
+                process.child.signal(signal.SIGCONT)
+                process.child.signal(signal.SIGTERM)
         for process in self.processes.values():
-            if process.popen is not None:
-                try:
-                    process.popen.wait(30)  # an interpreter with torch takes seconds to end on busy cores
-                except subprocess.TimeoutExpired:
-                    process.popen.kill()
-                    process.popen.wait()
-                    raise AssertionError(f"{process.worker_id} did not end on SIGTERM") from None
+            if process.child is not None and not process.child.ended(30):
+                process.child.signal(signal.SIGKILL)
+                raise AssertionError(f"{process.worker_id} did not end on SIGTERM")
         self.valkey.close()
         self._directory.cleanup()
 
@@ -140,16 +144,8 @@ class LocalCluster:
         }
         path = Path(self._directory.name) / f"{worker_id}.json"
         path.write_text(json.dumps(config))
-        log = (Path(self._directory.name) / f"{worker_id}.log").open("ab")
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        process.popen = subprocess.Popen(
-            [sys.executable, "-m", "workers", str(path)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            env=environment,
-        )
-        log.close()
+        with (Path(self._directory.name) / f"{worker_id}.log").open("ab") as log:
+            process.child = nursery().fork({"arguments": [str(path)]}, log.fileno())
 
     def _expert_rank(self, process: Process) -> dict[str, Any] | None:
         size = self._expert_parallel
@@ -159,11 +155,11 @@ class LocalCluster:
         return {"group": f"{process.role}-ep{group}", "rank": rank, "size": size}
 
     def kill(self, worker_id: str, how: signal.Signals = signal.SIGKILL) -> None:
-        popen = self.processes[worker_id].popen
-        assert popen is not None
-        popen.send_signal(how)
+        child = self.processes[worker_id].child
+        assert child is not None
+        child.signal(how)
         if how is signal.SIGKILL:
-            popen.wait()
+            assert child.ended(30)
 
     def log(self, worker_id: str) -> str:
         return (Path(self._directory.name) / f"{worker_id}.log").read_text()
@@ -179,8 +175,7 @@ class LocalCluster:
             if up == {(p.worker_id, p.epoch) for p in self.processes.values()}:
                 return
             for process in self.processes.values():
-                assert process.popen is not None
-                if process.popen.poll() is not None:
+                if process.child is None or process.child.ended():
                     raise AssertionError(f"{process.worker_id} died:\n{self.log(process.worker_id)}")
             missing = [p for p in self.processes.values() if (p.worker_id, p.epoch) not in up]
             assert time.monotonic() < end, "\n".join(

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.transfer_process import Nursery
+from tests.nursery import Nursery
 from tests.workers.transfer.leaks import nothing_leaks, quick_collection
 
 __all__ = ["nothing_leaks", "nursery", "quick_collection"]
@@ -12,7 +12,7 @@ __all__ = ["nothing_leaks", "nursery", "quick_collection"]
 
 @pytest.fixture(scope="session")
 def _nursery() -> Iterator[Nursery]:
-    nursery = Nursery()
+    nursery = Nursery("tests.faults.transfer_process:serve", OMP_NUM_THREADS="1")
     yield nursery
     nursery.close()
 

@@ -13,7 +13,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.faults.transfer_process import Nursery, Process
+from tests.faults.transfer_process import Process
+from tests.nursery import Nursery
 from tests.workers.transfer.pair import (
     LAYOUT,
     DecodeSide,

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.faults.transfer_process import Nursery, Process
+from tests.faults.transfer_process import Process
+from tests.nursery import Nursery
 from tests.workers.transfer.pair import BLOCK, OWN_LAYOUTS
 
 IO_TIMEOUT_S = 0.4  # a process that stands still for longer is given up

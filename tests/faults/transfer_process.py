@@ -1,7 +1,7 @@
 """Workers of the KV plane as real processes that can be killed, stopped and told what to do.
 
-One process, the nursery, has imported everything and forks the others, so that a new one costs milliseconds. Each is
-told what to do, and says what happened, in lines of JSON on a socket of its own.
+They come from a nursery, as a new one has to cost milliseconds. Each is told what to do, and says what happened, in
+lines of JSON on a socket of its own.
 """
 
 from __future__ import annotations
@@ -16,16 +16,13 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-from pathlib import Path
 from typing import IO, Any, Self
 
 import msgspec
 
+from tests.nursery import Nursery
 from tests.workers.transfer.pair import (
     BLOCK,
     DecodeSide,
@@ -38,8 +35,6 @@ from tests.workers.transfer.pair import (
 from workers.engine.request import Request
 from workers.protocol.messages import PrefixHolder, Ticket
 from workers.transfer.remote_prefix import RemotePrefix
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Served:
@@ -157,25 +152,13 @@ class Served:
         self.say("belongings", found={name: count for name, count in found.items() if count})
 
 
-def nurse(control: socket.socket) -> None:
+def serve(config: dict[str, Any], fd: int) -> None:
+    """A child of the nursery."""
     logging.disable(
         logging.ERROR
     )  # being killed and cut off is what they are here for; tracebacks are still told
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    gc.freeze()
-    while True:
-        message, fds, _, _ = socket.recv_fds(control, 65536, 1)
-        if not message:
-            os._exit(0)
-        pid = os.fork()
-        if pid == 0:
-            control.close()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            faulthandler.register(signal.SIGUSR1)  # for whoever looks for what it waits for
-            Served(socket.socket(fileno=fds[0]), json.loads(message)).serve()
-        for fd in fds:
-            os.close(fd)
-        control.sendall(str(pid).encode())
+    faulthandler.register(signal.SIGUSR1)  # for whoever looks for what it waits for
+    Served(socket.socket(fileno=fd), config).serve()
 
 
 # --- on the side of the test -----------------------------------------------------------------------------------------
@@ -209,7 +192,7 @@ class Process:
 
     async def start(self) -> Self:
         ours, theirs = socket.socketpair()
-        self.pid = self._nursery.fork(self.config, theirs)
+        self._child = self._nursery.fork(self.config, theirs.fileno())
         theirs.close()
         up = self.event("up")
         self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
@@ -262,9 +245,7 @@ class Process:
         }
 
     def signal(self, how: signal.Signals) -> None:
-        if not self.dead:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, how)
+        self._child.signal(how)
 
     async def kill(self) -> None:
         self.signal(signal.SIGKILL)
@@ -281,34 +262,3 @@ class Process:
         while found := (await self.ask("belongings", "belongings"))["found"]:
             assert time.monotonic() < end, f"{self.worker_id} has left {found}"
             await asyncio.sleep(0.05)
-
-
-class Nursery:
-    def __init__(self) -> None:
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the nursery
-        self._control, theirs = socket.socketpair()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.transfer_process", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stderr=self._log,
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        )
-        theirs.close()
-
-    def fork(self, config: dict[str, Any], sock: socket.socket) -> int:
-        socket.send_fds(self._control, [json.dumps(config).encode()], [sock.fileno()])
-        return int(self._control.recv(100))
-
-    def close(self) -> None:
-        self._control.close()
-        self._process.wait(10)
-
-    def complaints(self) -> str:
-        """What all of them have written to stderr."""
-        self._log.seek(0)
-        return self._log.read()
-
-
-if __name__ == "__main__":
-    nurse(socket.socket(fileno=int(sys.argv[1])))
