@@ -4,23 +4,37 @@
 #
 #   bash bench/gpu_check.sh        writes gpu.json and gpu.md into $OUT (gpu-report unless set) and prints the latter
 #
-# PYTHON: the interpreter (python3). GPU_CHECK_SECONDS: when no further step is begun (570). Exits with 1 if a test failed.
+# PYTHON: the interpreter (python3). GPU_CHECK_SECONDS: when no further step is begun and what runs is ended (570).
+# GPU_CHECK_STEPS: a regular expression of the steps wanted (all). GPU_CHECK_REHEARSE=1: the benchmarks at tiny sizes on the
+# CPU, without times and tests, to try this program where there is no GPU. Exits with 1 if a test or a form failed.
 set -u
 cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-gpu-report}
-RAW=$(mktemp -d)
-trap 'rm -rf "$RAW"' EXIT
+STEPS=${GPU_CHECK_STEPS:-.}
 DEADLINE=$((SECONDS + ${GPU_CHECK_SECONDS:-570}))
+RAW=$(mktemp -d)
+MODEL= MODEL_SMALL=
+trap 'rm -rf "$RAW" "$MODEL" "$MODEL_SMALL"' EXIT
 mkdir -p "$OUT" || exit 2
 unset TRITON_INTERPRET
 LACK=$("$PYTHON" -c 'import torch, triton
 if not torch.cuda.is_available(): print("torch sees no GPU")' 2>&1 | tail -n 1)
+REHEARSE=()
+if [ -n "${GPU_CHECK_REHEARSE:-}" ]; then
+  REHEARSE=(--rehearse) LACK= STEPS="^bench\.($STEPS)"
+  export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
+fi
+# The engine's records and settings, where their packages are not installed: see these folders.
+for package in msgspec pydantic; do
+  "$PYTHON" -c "import $package" 2>"$RAW/lack" || export PYTHONPATH="$PWD/bench/gpu/bare/$package${PYTHONPATH:+:$PYTHONPATH}"
+done
 
 # step NAME LIMIT_S COMMAND...: standard output goes to NAME.out, and how it ended to NAME.status.
 step() {
   local name=$1 limit=$2 left=$((DEADLINE - SECONDS)) began=$SECONDS
   shift 2
+  [[ $name =~ $STEPS ]] || return
   if [ -n "$LACK" ] || [ "$left" -lt 15 ]; then
     echo "not begun: ${LACK:-no time was left} 0" >"$RAW/$name.status"
     return
@@ -30,24 +44,45 @@ step() {
   echo "$? $((SECONDS - began))" >"$RAW/$name.status"
 }
 
+# bench NAME LIMIT_S MODULE OPTION...: its figures go to NAME.json while it runs, so that a limit loses only the rest.
+bench() {
+  local name=$1 limit=$2 module=$3
+  shift 3
+  step "bench.$name" "$limit" "$PYTHON" -m "$module" --json "$RAW/bench.$name.json" ${REHEARSE[@]+"${REHEARSE[@]}"} "$@"
+}
+
 # tests NAME LIMIT_S FILES...: without conftest.py, which needs what only Headrace's own environment has.
 tests() {
   local name=$1 limit=$2
   shift 2
-  step "tests.$name" "$limit" "$PYTHON" -m pytest --noconftest -q --junitxml="$RAW/tests.$name.xml" "$@"
+  step "tests.$name" "$limit" "$PYTHON" -m pytest --noconftest -q --junitxml="$RAW/tests.$name.xml" \
+    ${PARALLEL[@]+"${PARALLEL[@]}"} "$@"
 }
-
-# Mostly compiling, which many processes do at once.
 PARALLEL=()
-"$PYTHON" -c 'import xdist' 2>/dev/null && PARALLEL=(-n 8)
+"$PYTHON" -c 'import xdist' 2>"$RAW/lack" && PARALLEL=(-n 8) # mostly compiling, which many processes do at once
 
-# Benchmarks first of all, so that a slow test takes no time from them; alone on the GPU.
-step bench.kernels 240 "$PYTHON" -m bench.gpu --seconds 200
-step bench.nccl 60 "$PYTHON" -m kernels.nccl_tests all_reduce -b 1M -e 256M -f 4 --json "$RAW/bench.nccl.json"
-tests triton 240 ${PARALLEL[@]+"${PARALLEL[@]}"} tests/kernels/triton/*_cases.py
+# A model of 8 billion parameters as files, which every step after it loads.
+if [ -z "$LACK" ]; then
+  MODEL=$("$PYTHON" -m bench.gpu.model ${REHEARSE[@]+"${REHEARSE[@]}"}) || LACK="no model could be written"
+fi
+WITH=(--model "$MODEL")
+
+# The most valuable first. Benchmarks run alone on the GPU.
+bench engine 130 bench.gpu.engine "${WITH[@]}"
+tests test_cuda_equals_cpu 110 -m gpu tests/workers/engine/test_cuda_equals_cpu.py
+bench kernels 90 bench.gpu --seconds 75
+bench peers 110 bench.gpu.peers "${WITH[@]}" --each 40
+bench engine_fp8 80 bench.gpu.engine "${WITH[@]}" --quantization fp8 --parts decode,prefill
+bench disaggregation 90 bench.gpu.disaggregation "${WITH[@]}"
+bench endurance 60 bench.gpu.endurance
+step bench.nccl 30 "$PYTHON" -m kernels.nccl_tests all_reduce -b 1M -e 64M -f 8 --json "$RAW/bench.nccl.json"
+tests triton 200 tests/kernels/triton/*_cases.py
 # All other files with tests marked gpu; those of triton above are run there by processes of their own.
+PARALLEL=()
 while read -r file; do
+  case $file in tests/kernels/triton/* | */test_cuda_equals_cpu.py) continue ;; esac
   tests "$(basename "$file" .py)" 90 -m gpu "$file"
-done < <(grep -rlE '^@pytest\.mark\.gpu|^pytestmark = .*mark\.gpu' tests --include='test_*.py' | grep -v '^tests/kernels/triton/' | sort)
+done < <(grep -rlE '^@pytest\.mark\.gpu|^pytestmark = .*mark\.gpu' tests --include='test_*.py' | sort)
+bench sanitizer 90 bench.gpu.sanitizer
 
 "$PYTHON" -m bench.gpu.report "$RAW" "$OUT"

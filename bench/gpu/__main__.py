@@ -1,7 +1,8 @@
 """python -m bench.gpu: what the GPU kernels reach of what this GPU can do. Prints one JSON object.
 
 Without a GPU it says so and measures nothing. With --rehearse every case runs once at tiny sizes, without times: under
-TRITON_INTERPRET=1 that needs no GPU.
+TRITON_INTERPRET=1 that needs no GPU. Other programs beside it measure the whole engine: bench.gpu.engine, .peers,
+.disaggregation, .endurance; bench/gpu_check.sh runs them all.
 """
 
 from __future__ import annotations
@@ -10,10 +11,16 @@ import argparse
 import importlib
 import json
 import os
-import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 from typing import Any
+
+from bench.gpu.rows import write_json
+
+Save = Callable[[dict[str, Any]], object]
 
 GROUPS = ("attention", "layer", "sampling", "relayout")
 
@@ -24,14 +31,21 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="once, tiny, without times")
     parser.add_argument("--runs", type=int, default=20, help="the median of how many (20)")
     parser.add_argument("--seconds", type=float, default=240.0, help="no case is begun after that (240)")
+    parser.add_argument(
+        "--json", type=Path, help="a file that is whole after each case; else printed at the end"
+    )
     options = parser.parse_args()
-    found = run(options.groups or list(GROUPS), options.rehearse, options.runs, options.seconds)
-    json.dump(found, sys.stdout, indent=1)
-    print()
+    groups = options.groups or list(GROUPS)
+    save: Save = (lambda found: None) if options.json is None else partial(write_json, options.json)
+    found = run(groups, options.rehearse, options.runs, options.seconds, save)
+    if options.json is None:
+        print(json.dumps(found, indent=1))
+    else:
+        save(found)
 
 
-def run(groups: list[str], rehearse: bool, runs: int, seconds: float) -> dict[str, Any]:
-    """{"gpu": ..., "ceilings": ..., "cases": [...]}, or {"skipped": why}."""
+def run(groups: list[str], rehearse: bool, runs: int, seconds: float, save: Save) -> dict[str, Any]:
+    """{"gpu": ..., "ceilings": ..., "cases": [...]}, or {"skipped": why}; saved after each case, too."""
     if lack := _lack(rehearse):
         return {"skipped": lack}
     import torch
@@ -39,23 +53,25 @@ def run(groups: list[str], rehearse: bool, runs: int, seconds: float) -> dict[st
     from bench.gpu.timing import Timer, measure
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    timer = Timer(device, runs)
+    timer = Timer(device, runs, rehearse)
     until = time.monotonic() + seconds
     ceilings = timer.ceilings()
     cases: list[dict[str, Any]] = []
     left_out: list[str] = []
+    found = {
+        "gpu": describe(),
+        "ceilings": {"copy_bytes_per_s": ceilings.copy, "matmul_flops_per_s": ceilings.matmul},
+        "cases": cases,
+        "left_out": left_out,
+    }
     for group in groups:
         for case in importlib.import_module(f"bench.gpu.{group}").cases(device, rehearse):
             if time.monotonic() > until:
                 left_out.append(f"{group}: {case.name} and what follows")
                 break
             cases.append({"group": group, **measure(case, timer, ceilings)})
-    return {
-        "gpu": describe(),
-        "ceilings": {"copy_bytes_per_s": ceilings.copy, "matmul_flops_per_s": ceilings.matmul},
-        "cases": cases,
-        "left_out": left_out,
-    }
+            save(found)
+    return found
 
 
 def describe() -> dict[str, Any]:

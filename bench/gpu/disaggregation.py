@@ -61,7 +61,17 @@ class Sizes:
     num_blocks: int = 9_000
 
 
-TINY = Sizes(streams=3, context=20, seconds=0.6, prompt=90, every_s=0.2, written=3, chunk=32, num_blocks=300)
+TINY = Sizes(
+    streams=3,
+    context=20,
+    stream_tokens=1000,
+    seconds=0.6,
+    prompt=90,
+    every_s=0.2,
+    written=3,
+    chunk=32,
+    num_blocks=300,
+)
 
 
 class Side:

@@ -57,7 +57,7 @@ class Churn:
 
 
 def growth(rows: Rows, path: Path, rehearse: bool) -> None:
-    requests = 100 if rehearse else 10_000
+    requests = 40 if rehearse else 10_000
     engine = Engine(
         settings(rehearse, num_blocks=2048, max_num_seqs=_AT_A_TIME, max_num_batched_tokens=4096),
         model.prepared(path),

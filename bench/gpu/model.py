@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,8 +57,9 @@ TINY: Mapping[str, Any] = {
     "max_position_embeddings": 2048,
     "vocab_size": 512,
 }
-_NOISE = 16_777_259  # a prime
+_NOISE, _LITTLE_NOISE = 16_777_259, 65_537  # primes
 _GAIN = 0.5
+_THREADS = 8  # writing to memory is mostly the kernel's finding of pages
 
 
 def write_model(path: Path, config: Mapping[str, Any]) -> Path:
@@ -70,25 +73,31 @@ def write_model(path: Path, config: Mapping[str, Any]) -> Path:
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
     packed = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     packed += b" " * (-len(packed) % 8)
-    noise = torch.randn(_NOISE, generator=torch.Generator().manual_seed(0))
-    scaled: dict[float, Tensor] = {}
-    with (path / "model.safetensors").open("wb") as file:
+    length = _NOISE if end > 1 << 26 else _LITTLE_NOISE
+    noise = torch.randn(length, generator=torch.Generator().manual_seed(0))
+    scaled = {
+        scale: (noise * scale).bfloat16()
+        for scale in {_scale(name, shape) for name, shape in shapes.items() if len(shape) > 1}
+    }
+    ones = torch.ones(length, dtype=torch.bfloat16)  # for norms
+    with (path / "model.safetensors").open("wb") as file, ThreadPoolExecutor(_THREADS) as pool:
         file.write(struct.pack("<Q", len(packed)) + packed)
-        position = 0
-        for name, shape in shapes.items():
-            if len(shape) == 1:  # a norm
-                file.write(_bytes(torch.ones(shape, dtype=torch.bfloat16)))
-                continue
-            scale = 1.0 if name.startswith(EMBEDDING) else _GAIN / math.sqrt(shape[1])
-            if scale not in scaled:
-                scaled[scale] = (noise * scale).bfloat16()
-            left = math.prod(shape)
-            while left:
-                piece = scaled[scale][position : position + left]
-                file.write(_bytes(piece))
-                left -= len(piece)
-                position = (position + len(piece)) % _NOISE
+        file.flush()
+
+        def fill(name: str) -> None:
+            begin, end = header[name]["data_offsets"]
+            values = ones if len(shapes[name]) == 1 else scaled[_scale(name, shapes[name])]
+            while begin < end:
+                first = begin // 2 % length
+                piece = _bytes(values[first : first + (end - begin) // 2])
+                begin += os.pwrite(file.fileno(), piece, 8 + len(packed) + begin)
+
+        list(pool.map(fill, shapes))
     return path
+
+
+def _scale(name: str, shape: tuple[int, ...]) -> float:
+    return 1.0 if name.startswith(EMBEDDING) else _GAIN / math.sqrt(shape[-1])
 
 
 def _bytes(tensor: Tensor) -> memoryview:

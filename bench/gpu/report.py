@@ -12,6 +12,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+from bench.gpu import goals
 from bench.gpu.__main__ import describe
 from bench.machine import describe as describe_machine
 
@@ -19,9 +20,10 @@ _MISSING = re.compile(r"No module named '([\w.]+)'")
 
 
 def collect(raw: Path) -> dict[str, Any]:
-    """{"machine", "gpu", "tests": {name: ...}, "benches": {name: ...}} of a directory that gpu_check.sh filled."""
+    """{"machine", "gpu", "tests": {name: ...}, "benches": {name: ...}} of a directory that gpu_check.sh filled, in its
+    order."""
     found: dict[str, Any] = {"machine": describe_machine(), "gpu": _gpu(), "tests": {}, "benches": {}}
-    for status in sorted(raw.glob("*.status")):
+    for status in sorted(raw.glob("*.status"), key=lambda path: (path.stat().st_mtime_ns, path)):
         kind, name = status.stem.split(".", 1)
         code, _, seconds = status.read_text().strip().rpartition(" ")
         ended = {"0": "ran", "124": "ran out of time", "137": "ran out of time"}.get(code, code)
@@ -30,15 +32,18 @@ def collect(raw: Path) -> dict[str, Any]:
             found["tests"][name] = step | _tests(raw, name, ended)
         else:
             found["benches"][name] = step | _bench(raw, name)
+            if ended not in ("ran", "ran out of time") and not ended.startswith("not begun"):
+                found["benches"][name].setdefault("note", _last_line(raw / f"bench.{name}.err"))
     return found
 
 
 def failed(found: dict[str, Any]) -> bool:
-    return any(test["failed"] for test in found["tests"].values()) or any(
-        "failed" in form
-        for bench in found["benches"].values()
-        for case in bench.get("cases", [])
-        for form in case["forms"].values()
+    if any(test["failed"] for test in found["tests"].values()):
+        return True
+    benches = found["benches"].values()
+    forms = [form for bench in benches for case in bench.get("cases", []) for form in case["forms"].values()]
+    return any(
+        "failed" in one for one in [*forms, *(row for bench in benches for row in bench.get("rows", []))]
     )
 
 
@@ -50,6 +55,8 @@ def markdown(found: dict[str, Any]) -> str:
         f"torch {gpu.get('torch')}, CUDA {gpu.get('cuda')}, triton {gpu.get('triton')}, "
         f"commit {found['machine']['commit']}",
         "",
+        *goals.table(found),
+        "",
         "| tests | passed | failed | skipped | seconds | |",
         "|---|---|---|---|---|---|",
     ]
@@ -60,20 +67,58 @@ def markdown(found: dict[str, Any]) -> str:
         lines.append(f"| {name} | {counts} | {test['seconds']} | {_cell(note)} |")
     for name, bench in found["benches"].items():
         lines += ["", f"## {name}", ""]
-        if "cases" not in bench:
-            lines.append(_without_cases(bench))
-            continue
-        lines += _ceilings(bench["ceilings"])
-        lines += ["", "| case | form | µs | GB/s | TFLOP/s | share of ceiling |", "|---|---|---|---|---|---|"]
-        for case in bench["cases"]:
-            shape = ", ".join(f"{key} {value}" for key, value in case["shape"].items())
-            for form, figures in case["forms"].items():
-                lines.append(f"| {case['name']}: {shape} | {form} | {_figures(figures, case['ceiling'])} |")
-        lines += ["", *(f"Left out for want of time: {what}" for what in bench["left_out"])]
+        if bench.get("rows"):
+            lines += [_facts(bench), "", *_rows(bench["rows"])]
+        elif "cases" in bench:
+            lines += [*_ceilings(bench["ceilings"]), "", *_cases(bench["cases"])]
+        else:
+            lines.append(_without_figures(bench))
+        lines += ["", *(f"Left out for want of time: {what}" for what in bench.get("left_out", []))]
+        if bench["ended"] == "ran out of time":
+            lines.append(f"Ended by its time limit after {bench['seconds']} s; what it had found is above.")
+        elif bench.get("rows") and "note" in bench:
+            lines.append(f"Ended with {bench['ended']}: {bench['note']}")
     return "\n".join(lines) + "\n"
 
 
-def _without_cases(bench: dict[str, Any]) -> str:
+def _cases(cases: list[dict[str, Any]]) -> list[str]:
+    lines = ["| case | form | µs | GB/s | TFLOP/s | share of ceiling |", "|---|---|---|---|---|---|"]
+    for case in cases:
+        shape = ", ".join(f"{key} {value}" for key, value in case["shape"].items())
+        for form, figures in case["forms"].items():
+            lines.append(f"| {case['name']}: {shape} | {form} | {_figures(figures, case['ceiling'])} |")
+    return lines
+
+
+def _rows(rows: list[dict[str, Any]]) -> list[str]:
+    """A column for each figure that any of them has."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    heads = (name.replace("_bytes", ", GiB").replace("_", " ") for name in columns)
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(columns) + "|"]
+    return lines + ["| " + " | ".join(_value(name, row.get(name)) for name in columns) + " |" for row in rows]
+
+
+def _value(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if name.endswith("_bytes"):
+        return f"{value / 2**30:,.2f}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return _cell(f"{value:,}" if isinstance(value, int) else str(value))
+
+
+def _facts(bench: dict[str, Any]) -> str:
+    """What holds for all its rows."""
+    apart = ("rows", "left_out", "ended", "seconds", "ceilings", "note")
+    facts = [
+        f"{key.replace('_', ' ')}: {_value(key, value)}" for key, value in bench.items() if key not in apart
+    ]
+    ceilings = _ceilings(bench["ceilings"]) if "ceilings" in bench else []
+    return " ".join([*ceilings, "; ".join(facts)]).strip()
+
+
+def _without_figures(bench: dict[str, Any]) -> str:
     if bench["ended"].startswith("not begun"):
         return str(bench["ended"])
     if "skipped" in bench:

