@@ -135,6 +135,8 @@ def _steps(engine: Engine, batch: int, context: int) -> float | None:
         with engine.lock:
             for request in requests:
                 engine.scheduler.cancel(request.request_id)
+        while engine.scheduler.has_work:  # a step may have been scheduled ahead
+            engine.step()
 
 
 def _fill(engine: Engine) -> None:

@@ -424,5 +424,5 @@ class Serving:
             fills = [fill.table for fill in scheduler.fills]
             self._engine.pool.check([*tables, *fills, *self.tickets.writing, *self.handoffs.holding])
             assert set(scheduler.requests) <= set(self._owners) | {
-                r for r, q in scheduler.requests.items() if q.cancelled
+                r for r, q in scheduler.requests.items() if q.state is State.LEAVING
             }

@@ -1,7 +1,9 @@
 """The engine: requests in, tokens out. Needs neither Ray nor Redis.
 
-A step is: schedule, run, update. `lock` guards requests and blocks and is *not* held while the model runs, so that
-reservations, commits, cancels and the reaper act at once, even in the middle of a long step.
+A step is: schedule, submit, wait, update. Where the runner overlaps steps, the next one is scheduled and submitted
+before this one is waited for, so that the device never waits for this thread. `lock` guards requests and blocks and is
+*not* held while the model runs, so that reservations, commits, cancels and the reaper act at once, even in the middle of
+a long step.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from workers.config import EngineConfig
 from workers.engine.backend import LayersDone, open_backend
 from workers.engine.block_pool import BlockPool
 from workers.engine.pace import Pace
+from workers.engine.pending import Pending, Ready
 from workers.engine.plan import Plan, StepResult
 from workers.engine.proposers import open_speculation
 from workers.engine.request import Request
@@ -29,6 +32,8 @@ from workers.experts.exchange import GroupBroken
 from workers.experts.membership import GroupClosed
 from workers.experts.plane import ExpertPlane
 from workers.models.catalog import PreparedModel
+from workers.parallel.collectives import ALONE
+from workers.parallel.team import Team
 from workers.prefix_loader import PrefixLoader
 from workers.protocol.hashes import hash_root
 from workers.protocol.messages import FinishReason, Load, Sampling, TokenLogprobs, Work
@@ -50,6 +55,16 @@ class StepFailed(RuntimeError):
         self.requests = requests
 
 
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A step on its way from `schedule` to `update`."""
+
+    plan: Plan
+    began: float  # monotonic seconds
+    step: StepInput | None = None
+    pending: Pending | None = None  # None: the runner does not have it
+
+
 @dataclass(slots=True)
 class Completion:
     tokens: list[int] = field(default_factory=list)
@@ -65,14 +80,17 @@ class Engine:
         *,
         share_kv: bool = False,
         experts: ExpertPlane | None = None,
+        team: Team | None = None,
     ) -> None:
         """`share_kv`: keep the KV cache in memory that other processes can map or open. `experts`: they are spread over
-        ranks, of which this engine is one."""
+        ranks, of which this engine is one. `team`: of tensor-parallel ranks, which this engine leads."""
         if (config.max_model_len or 0) > model.max_model_len:
             raise ValueError(
                 f"engine.max_model_len is {config.max_model_len}, but the model goes up to {model.max_model_len}"
             )
-        backend = open_backend(config, model, experts)
+        backend = open_backend(config, model, experts, ALONE if team is None else team.group)
+        if team is not None:
+            backend = team.lead(backend)
         self._experts = experts
         self.layout = backend.layout
         self.num_blocks = config.num_blocks or int(config.kv_cache_memory) // self.layout.block_bytes
@@ -108,6 +126,8 @@ class Engine:
         self.speculation = open_speculation(config, model, self.num_blocks)
         self.tiers: Tiers | None = None
         self.pace = Pace()
+        self._flights: deque[Flight] = deque()  # oldest first, at most two
+        self._last_end = 0.0  # monotonic seconds
         self._prompt_tokens = 0
         self._output_tokens = 0
 
@@ -117,7 +137,11 @@ class Engine:
         self.pool.on_evict = None if tiers is None else tiers.host.take
 
     def close(self) -> None:
-        """Nothing is computed any more: the tiers keep what they can for a later life. Idempotent."""
+        """Nothing is computed any more: the tiers keep what they can for a later life. Idempotent.
+
+        By the thread that steps, or when it has ended.
+        """
+        self._abandon(None)
         if self.tiers is not None:
             self.tiers.close(self.pool.cached_blocks())
             self.attach(None)
@@ -136,35 +160,34 @@ class Engine:
         deliver: Callable[[StepResult], None] = lambda result: None,
         begin: Callable[[Plan, LayersDone | None], None] = lambda plan, layers_done: None,
     ) -> bool:
-        """One step of the whole batch; False when there was nothing to compute.
+        """One step of the whole batch comes to its end; False when there was nothing to compute.
 
         `deliver` is called under the lock, before anybody else can see the new state; `begin` under the lock too, right
-        before the step runs, with a function that tells how many layers it has written. Raises StepFailed.
+        before a step runs, with a function that tells how many layers it has written. Raises StepFailed.
         """
-        with self.lock:
-            plan = self.scheduler.schedule()
-            if plan.items:
-                # A step with other ranks may be broken off: what it has written counts at its end only.
-                begin(plan, self.runner.watch_next() if self._experts is None else None)
-        try:
-            if not self._has_turn(plan):
-                return False
-            if not plan.items:
-                self._serve_others()
-                return True
-            plan = self._speculate(plan)
-            began = time.perf_counter()
-            sampled = self.runner.run(StepInput.of(plan, self.layout.block_size))
-            seconds = time.perf_counter() - began
-        except GroupBroken as error:
-            self._abandon(plan, f"a step was broken off: {error}")  # and made again, into the same blocks
-            return True
-        except GroupClosed:
-            self._abandon(plan, "")
+        while len(self._flights) < self._most_flights:
+            flight = self._schedule(begin)
+            if flight is None:
+                break
+            try:
+                flight.pending = self._submit(flight)
+            except Exception as error:  # noqa: BLE001 - whatever it was, the plan is taken back
+                return self._failed(flight, error)
+            if flight.pending is None:
+                self._flights.pop()
+                break
+        if not self._flights:
             return False
-        except Exception as error:
-            self._abandon(plan, f"a step failed: {error}")
-            raise StepFailed([item.request for item in plan.items]) from error
+        flight = self._flights[0]
+        assert flight.pending is not None
+        try:
+            sampled = flight.pending.wait()
+        except Exception as error:  # noqa: BLE001 - as above
+            return self._failed(flight, error)
+        self._flights.popleft()
+        plan, now = flight.plan, time.perf_counter()
+        seconds = now - max(flight.began, self._last_end)  # while it was the one that ran
+        self._last_end = now
         with self.lock:
             result = self.scheduler.update(plan, sampled)
             self._output_tokens += len(result.tokens)
@@ -175,22 +198,70 @@ class Engine:
             self.speculation.observe(plan, result, seconds)
         return True
 
-    def _has_turn(self, plan: Plan) -> bool:
-        """Whether there is a step to make: with experts on several ranks, on any of them."""
-        if self._experts is None:
-            return bool(plan.items)
-        return self._experts.group.begin(bool(plan.items))
+    @property
+    def _most_flights(self) -> int:
+        """Guesses hang on the tokens before them, and ranks with experts meet at every step."""
+        return 2 if self.runner.overlaps and self.speculation is None and self._experts is None else 1
 
-    def _serve_others(self) -> None:
-        """A step for the tokens of other ranks alone."""
-        assert self._experts is not None, "there was a step to make"
-        self._experts.idle()
-
-    def _abandon(self, plan: Plan, reason: str) -> None:
+    def _schedule(self, begin: Callable[[Plan, LayersDone | None], None]) -> Flight | None:
+        """The next step, in flight from here on; None when there is nothing to compute."""
         with self.lock:
-            self.scheduler.abandon(plan)
+            plan = self.scheduler.schedule()
+            if not plan.items and self._experts is None:
+                return None  # other ranks may have tokens for the experts that are here
+            flight = Flight(plan, time.perf_counter())
+            self._flights.append(flight)
+            if plan.items:
+                # A step with other ranks may be broken off, and of two in flight only the ends can be told apart: what
+                # such a step has written counts at its end.
+                watched = self._experts is None and self._most_flights == 1
+                begin(plan, self.runner.watch_next() if watched else None)
+            return flight
+
+    def _submit(self, flight: Flight) -> Pending | None:
+        """None when no rank of the group has anything to compute."""
         if self._experts is not None:
-            self._experts.group.end_view(reason)
+            if not self._experts.group.begin(bool(flight.plan.items)):
+                return None
+            if not flight.plan.items:
+                self._experts.idle()
+                return Ready([])
+        flight.plan = self._speculate(flight.plan)
+        flight.began = time.perf_counter()
+        before = self._flights[0].step if len(self._flights) > 1 else None
+        flight.step = StepInput.of(flight.plan, self.layout.block_size, before)
+        return self.runner.submit(flight.step)
+
+    def _failed(self, flight: Flight, error: Exception) -> bool:
+        """`submit` or `wait` of this flight has raised: what `step` returns. Raises StepFailed."""
+        plan = flight.plan
+        self._abandon(flight)
+        if self._experts is not None:
+            what = "a step was broken off" if isinstance(error, GroupBroken) else "a step failed"
+            self._experts.group.end_view("" if isinstance(error, GroupClosed) else f"{what}: {error}")
+        if isinstance(error, GroupClosed):
+            return False
+        if isinstance(error, GroupBroken):
+            return True  # it is made again, into the same blocks
+        if isinstance(error, torch.OutOfMemoryError) and self.scheduler.shrink(plan):
+            logger.warning(
+                "no memory for a step of %d tokens, the next are smaller: %s", plan.num_tokens, error
+            )
+            return True
+        raise StepFailed([item.request for item in plan.items]) from error
+
+    def _abandon(self, failed: Flight | None) -> None:
+        """The failed step was never made, nor one behind it, which reads what that was to write. None: nor was any."""
+        first = 0 if failed is None else self._flights.index(failed)
+        for flight in itertools.islice(self._flights, first, None):
+            if flight is not failed and flight.pending is not None:
+                try:
+                    flight.pending.wait()
+                except Exception:
+                    logger.warning("a step that nobody waits for any more has failed", exc_info=True)
+        while len(self._flights) > first:
+            with self.lock:
+                self.scheduler.abandon(self._flights.pop().plan)
 
     def _observe_pace(self, plan: Plan, seconds: float) -> None:
         """Of steps that mostly read prompts, and of those that only decode."""
@@ -198,7 +269,7 @@ class Engine:
         if prompt_tokens >= max(plan.num_samples, self.layout.block_size):
             pairs = sum(item.count * (item.start + item.count / 2) for item in plan.items)
             self.pace.prompts(plan.num_tokens, pairs, seconds)
-        elif prompt_tokens == 0:
+        elif prompt_tokens == 0 and plan.items:
             self.pace.decodes(seconds)
 
     def _speculate(self, plan: Plan) -> Plan:

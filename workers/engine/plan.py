@@ -9,17 +9,19 @@ from workers.engine.request import NewToken, Request
 from workers.protocol.messages import TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Scheduled:
-    """Tokens [start, start + count) of one request; `samples` when they reach the last known token.
+    """Tokens [start, start + count) of one request; `samples` when they reach the last token that it has.
 
-    Then a draft may follow: tokens that were guessed for the positions behind it.
+    Then a draft may follow: tokens that were guessed for the positions behind it. `carried`: the last token is not
+    known yet, the step before this one samples it; it is the only token then. Not frozen, as NewToken.
     """
 
     request: Request
     start: int
     count: int
     samples: bool
+    carried: bool = False
     draft: tuple[int, ...] = ()
 
     @property

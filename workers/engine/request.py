@@ -12,12 +12,13 @@ from workers.protocol.messages import FinishReason, TokenLogprobs, Work
 
 
 class State(enum.Enum):
-    """Where a request stands. Blocks are held in RESERVED, RUNNING and PREFILLED only."""
+    """Where a request stands. Blocks are held in RESERVED, RUNNING, PREFILLED and LEAVING only."""
 
     WAITING = "waiting"  # wants to be scheduled; holds nothing
     RESERVED = "reserved"  # decode side: blocks wait for the bytes of a prefill worker
     RUNNING = "running"  # takes part in steps
     PREFILLED = "prefilled"  # prefill side: computed; lasts until the hand-over holds the blocks itself
+    LEAVING = "leaving"  # over, or unwanted; lasts until no step in flight writes into its blocks
     FINISHED = "finished"
 
 
@@ -25,7 +26,8 @@ class Request:
     """Tokens, blocks and progress of one request.
 
     `num_tokens` is what is known, `num_computed_tokens` is what lies in the KV cache; a step lets the second catch
-    up with the first. When it has caught up, one more token is sampled.
+    up with the first. When it has caught up, one more token is sampled. What steps in flight will add to the two is
+    counted apart: `token_ids` holds no token that nobody has seen.
     """
 
     def __init__(self, work: Work, *, prefill_only: bool = False) -> None:
@@ -39,6 +41,9 @@ class Request:
             self.token_ids
         )  # known on arrival: prompt and output of earlier placements
         self.num_computed_tokens = 0
+        self.num_flying_steps = 0  # steps in flight that it is part of, at most two
+        self.num_flying_tokens = 0  # behind num_computed_tokens, that they compute
+        self.num_flying_samples = 0  # behind token_ids, that they sample
         self.num_found_tokens = 0  # while it waits: known tokens that the cache held when it began to
         self.num_cached_tokens = (
             0  # of the given tokens: found in the prefix cache here (or on the prefill worker)
@@ -46,8 +51,12 @@ class Request:
         self.block_table = array("i")  # only grows while it runs: steps copy it as it is
         self.block_hashes: list[bytes] = []  # of the full blocks of token_ids
         self.num_stored_blocks = 0  # blocks of the table that the prefix cache knows
+        # Whether its next token hangs on which tokens came before, besides through the logits.
+        sampling = work.sampling
+        self.reads_history = bool(
+            sampling.repetition_penalty != 1.0 or sampling.presence_penalty or sampling.frequency_penalty
+        )
         self.state = State.WAITING
-        self.cancelled = False
         self.preemptions = 0
         self.finish_reason: FinishReason | None = None
         self.stop_token: int | None = None
@@ -102,9 +111,9 @@ class Times:
     last_token: float = 0.0
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True, eq=False)
 class NewToken:
-    """A token that a step gave to a request."""
+    """A token that a step gave to a request. Not frozen: there is one for each stream and step, and that costs more."""
 
     request: Request
     index: int  # among the output tokens

@@ -6,8 +6,10 @@ thereby cut into chunks, prefix hits and blocks received from a prefill worker a
 preemption sets a request's computed tokens back to zero. Speculated tokens are tokens to catch up with as well, behind
 the last known one; a token is sampled at each of them, and those that were guessed right need not be computed again.
 
-The engine calls `schedule`, runs the plan, and calls `update`; between the two calls the requests of the plan are *in
-flight*: their blocks are being written, so a cancel is only noted and carried out by `update`.
+The engine calls `schedule`, runs the plan, and calls `update`; between the two calls the plan is *in flight*: blocks of
+its requests are being written, so whoever leaves meanwhile keeps them until then. A second plan may be made while one is
+in flight, for the runner to have it at hand. What the first samples is then scheduled before anybody knows it, and a
+request that turns out to have ended with it takes part in the second for nothing. Plans are updated in their order.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice, zip_longest
 
 from workers.engine.block_pool import BlockPool
 from workers.engine.fill import Fill
@@ -29,6 +30,8 @@ from workers.protocol.messages import Room, TokenLogprobs, prefill_pairs
 # their prefix as soon as two of them come at once: in simulated sessions (8 workers, 80% load, no fetching) p99 TTFT was
 # 10.3 s with 2, 5.2 s with 8, 2.7 s with 32. What waits here is past the router's priorities, so there is a bound at all.
 QUEUED_STEPS = 32
+
+_STEPS_TO_REGROW = 64  # from a budget of nothing to a whole one, after a plan for which there was no memory
 
 
 class Scheduler:
@@ -60,8 +63,9 @@ class Scheduler:
         self.query_tokens = 0
         self.drafted_tokens = 0  # speculated and verified
         self.accepted_tokens = 0  # of these: guessed right
+        self.num_flying = 0  # plans in flight
+        self.token_budget = max_num_batched_tokens  # of a plan; less for a while after a lack of memory
         self._clock = clock
-        self._in_flight: set[str] = set()
         self._num_reserved = 0
         self.fills: list[Fill] = []  # begun and not ended
 
@@ -179,18 +183,15 @@ class Scheduler:
         self.pool.release(fill.table)
 
     def cancel(self, request_id: str) -> None:
-        """Idempotent. Blocks are free on return, or after the step in flight."""
+        """Idempotent. Blocks are free on return, or after the steps in flight."""
         request = self.requests.get(request_id)
-        if request is None:
-            return
-        if request_id in self._in_flight:
-            request.cancelled = True
-        else:
+        if request is not None:
             self._finish(request)
 
     @property
     def has_work(self) -> bool:
-        return bool(self.running or self.waiting)
+        """Whether a step is to be made or to be ended."""
+        return bool(self.running or self.waiting or self.num_flying)
 
     @property
     def num_seats_taken(self) -> int:
@@ -228,18 +229,26 @@ class Scheduler:
     # --- the step ---------------------------------------------------------------------------------------------------
 
     def schedule(self) -> Plan:
-        """Running requests first, then waiting ones as long as there is room."""
-        budget = self.max_num_batched_tokens
+        """Running requests first, then waiting ones as long as there is room.
+
+        With a plan in flight this one is empty where it takes what is not known yet: which token a request's penalties
+        count, or who is to be preempted, for what is in flight may make room, and writes into the victim's blocks.
+        """
+        if self.num_flying == 2:
+            raise RuntimeError("two plans are in flight")
+        budget = self.token_budget
         planned: dict[str, Scheduled] = {}
         preempted = False
-        # Those that only need their next token go before those that still read their prompt: a long prompt must not
-        # stall running streams. Within both the oldest goes first, and the youngest of all is the one to preempt.
-        for request in self._running_by_need():
+        for request, lacking in self._running_by_need():
+            if self.num_flying and request.num_flying_samples and request.reads_history:
+                return Plan(())
             if request.state is not State.RUNNING or budget == 0:
                 continue
-            start = request.num_computed_tokens
-            count = min(len(request.token_ids) - start, budget)
+            start = request.num_computed_tokens + request.num_flying_tokens
+            count = min(lacking, budget)
             while not self._grow(request, start + count):
+                if self.num_flying:
+                    return Plan(())
                 preempted = True
                 victim = self.running[-1]
                 self._preempt(victim)
@@ -248,7 +257,7 @@ class Scheduler:
                 if victim is request:
                     break
             if request.state is State.RUNNING:
-                planned[request.request_id] = self._item(request, count)
+                planned[request.request_id] = self._item(request, start, count)
                 budget -= count
         while self.waiting and budget > 0 and self.num_seats_taken < self.max_num_seqs and not preempted:
             request = self.waiting[0]
@@ -267,14 +276,15 @@ class Scheduler:
             grown = self._grow(request, cached + count)
             assert grown
             request.times.scheduled = request.times.scheduled or self._clock()
-            planned[request.request_id] = self._item(request, count)
+            planned[request.request_id] = self._item(request, cached, count)
             budget -= count
-        self._in_flight = set(planned)
-        return Plan(tuple(planned.values()))
+        plan = Plan(tuple(planned.values()))
+        self._take_off(plan)
+        return plan
 
     def extend(self, plan: Plan, drafts: Mapping[str, Sequence[int]]) -> Plan:
         """The plan with drafts, by request id, as far as budget, blocks and max_tokens allow. Nobody is preempted."""
-        budget = self.max_num_batched_tokens - plan.num_tokens
+        budget = self.token_budget - plan.num_tokens
         items = []
         for item in plan.items:
             request, end = item.request, item.start + item.count
@@ -292,28 +302,31 @@ class Scheduler:
         return Plan(tuple(items))
 
     def update(self, plan: Plan, sampled: Sequence[Sampled]) -> StepResult:
-        """The plan has run: `sampled` has an entry for each position that its items sample, in order."""
+        """The older plan has run: `sampled` has an entry for each position that its items sample, in order."""
         result = StepResult([], [], [], [])
-        self._in_flight = set()
-        choices = iter(sampled)
         now = self._clock()
+        self._land(plan)
+        if self.token_budget < self.max_num_batched_tokens:
+            grown = self.token_budget + -(-self.max_num_batched_tokens // _STEPS_TO_REGROW)
+            self.token_budget = min(grown, self.max_num_batched_tokens)
+        end = 0
         for item in plan.items:
             request = item.request
-            chosen = list(islice(choices, item.num_samples))
-            if request.cancelled:
+            begin, end = end, end + item.num_samples
+            if request.state is State.LEAVING:  # what it has computed is void
                 self._finish(request)
                 continue
             request.num_computed_tokens = item.start + item.count
-            if chosen:
-                self._accept(request, item.draft, chosen, result)
+            if item.samples:
+                self._accept(request, item.draft, sampled[begin:end], result)
                 request.times.prefilled = request.times.prefilled or now
                 request.times.last_token = now
-                if request.state is State.FINISHED:
+                if request.state is not State.RUNNING:
                     continue
             self._store_full_blocks(request)
             if request.prefill_only:
                 result.progressed.append(request)
-                if chosen:
+                if item.samples:
                     self.running.remove(request)
                     request.state = State.PREFILLED
             elif request.finish_reason is not None:
@@ -329,15 +342,15 @@ class Scheduler:
         logits that it would have had without the draft, so speculation changes no token.
         """
         accepted = 0
-        for guess, choice in zip_longest(draft, chosen):
+        for place, choice in enumerate(chosen):
             if choice.token == NOT_A_NUMBER:
                 self._finish(request)  # its last blocks are not stored: nobody else shall find a NaN in them
                 result.failed.append(request)
                 return
-            index = request.num_output_tokens
+            index = len(request.token_ids) - request.num_prompt_tokens
             request.append(choice.token, self.eos_token_ids)
             result.tokens.append(NewToken(request, index, choice.token, choice.logprobs))
-            if request.finish_reason is not None or choice.token != guess:
+            if request.finish_reason is not None or place == len(draft) or choice.token != draft[place]:
                 break
             accepted += 1
         request.num_computed_tokens += accepted
@@ -348,11 +361,16 @@ class Scheduler:
             result.verified.append(Verified(request, len(draft), accepted))
 
     def abandon(self, plan: Plan) -> None:
-        """The plan could not be run: none of its requests is in flight any more."""
-        self._in_flight = set()
+        """The plan has not run, nor has one behind it: its requests are as they were before it, but for their blocks."""
+        self._land(plan)
         for item in plan.items:
-            if item.request.cancelled:
+            if item.request.state is State.LEAVING:
                 self._finish(item.request)
+
+    def shrink(self, plan: Plan) -> bool:
+        """There was no memory for the abandoned plan: those to come are smaller. False when they can't be."""
+        self.token_budget = max(plan.num_tokens // 2, 1)
+        return plan.num_tokens > 1
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
@@ -370,12 +388,23 @@ class Scheduler:
             request.block_hashes, request.token_ids, self.block_size, self.hash_root, request.work.cache_salt
         )
 
-    def _running_by_need(self) -> list[Request]:
-        """Running requests that lack one token, then those that lack more; oldest first within both."""
-        few = [r for r in self.running if len(r.token_ids) - r.num_computed_tokens <= 1]
-        if len(few) == len(self.running):
-            return few
-        return few + [r for r in self.running if len(r.token_ids) - r.num_computed_tokens > 1]
+    def _running_by_need(self) -> list[tuple[Request, int]]:
+        """Running requests and how many tokens they lack, those that a step in flight samples included.
+
+        Those that only need their next token go before those that still read their prompt: a long prompt must not stall
+        running streams. Within both the oldest goes first, and the youngest of all is the one to preempt.
+        """
+        few: list[tuple[Request, int]] = []
+        many: list[tuple[Request, int]] = []
+        for request in self.running:
+            total = len(request.token_ids)
+            if request.num_flying_samples:
+                total += request.num_flying_samples
+                if request.prefill_only or total >= request.max_total_tokens:
+                    continue  # the token to come is its last
+            lacking = total - request.num_computed_tokens - request.num_flying_tokens
+            (few if lacking == 1 else many).append((request, lacking))
+        return few + many
 
     @staticmethod
     def _urgency(request: Request) -> tuple[int, float]:
@@ -432,9 +461,28 @@ class Scheduler:
         request.block_table.extend(fresh)
         return True
 
-    def _item(self, request: Request, count: int) -> Scheduled:
-        start = request.num_computed_tokens
-        return Scheduled(request, start, count, start + count == len(request.token_ids))
+    @staticmethod
+    def _item(request: Request, start: int, count: int) -> Scheduled:
+        missing = len(request.token_ids) - start - count  # -1: the last of these tokens
+        return Scheduled(request, start, count, missing <= 0, missing < 0)
+
+    def _take_off(self, plan: Plan) -> None:
+        """The plan is in flight now."""
+        self.num_flying += bool(plan.items)
+        for item in plan.items:
+            request = item.request
+            request.num_flying_steps += 1
+            request.num_flying_tokens += item.count
+            request.num_flying_samples += item.samples
+
+    def _land(self, plan: Plan) -> None:
+        """It is in flight no longer."""
+        self.num_flying -= bool(plan.items)
+        for item in plan.items:
+            request = item.request
+            request.num_flying_steps -= 1
+            request.num_flying_tokens -= item.count
+            request.num_flying_samples -= item.samples
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
@@ -456,14 +504,17 @@ class Scheduler:
         request.num_stored_blocks = full
 
     def _finish(self, request: Request) -> None:
-        """The one way out: leaves every list and gives every block back."""
-        del self.requests[request.request_id]
+        """The one way out: leaves every list at once, and gives every block back when no step writes into it."""
         if request.state is State.RUNNING:
             self.running.remove(request)
         elif request.state is State.WAITING:
             self.waiting.remove(request)
         elif request.state is State.RESERVED:
             self._num_reserved -= 1
+        request.state = State.LEAVING
+        if request.num_flying_steps:
+            return
+        del self.requests[request.request_id]
         self.pool.release(request.block_table)
         request.block_table = array("i")
         request.state = State.FINISHED
@@ -481,4 +532,11 @@ class Scheduler:
             if request.state is State.WAITING:
                 assert not request.block_table, request
             if request.state is State.RUNNING:
-                assert len(request.block_table) >= self._blocks_for(request.num_computed_tokens), request
+                computed = request.num_computed_tokens + request.num_flying_tokens
+                assert len(request.block_table) >= self._blocks_for(computed), request
+            else:
+                assert request.num_flying_steps == 0 or request.state is State.LEAVING, request
+            assert request.num_flying_steps > 0 or request.state is not State.LEAVING, request
+            assert request.num_flying_steps <= self.num_flying, request
+            flying = request.num_flying_tokens, request.num_flying_samples
+            assert request.num_flying_steps > 0 or flying == (0, 0), request

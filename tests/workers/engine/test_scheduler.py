@@ -37,8 +37,11 @@ def make_scheduler(
     )
 
 
-def make_request(name: str, prompt: list[int], max_tokens: int = 4, **kwargs: object) -> Request:
-    work = Work(request_id=name, prompt=prompt, sampling=Sampling(max_tokens=max_tokens, seed=0))
+def make_request(
+    name: str, prompt: list[int], max_tokens: int = 4, stop: tuple[int, ...] = (), **kwargs: object
+) -> Request:
+    sampling = Sampling(max_tokens=max_tokens, seed=0, stop_token_ids=stop)
+    work = Work(request_id=name, prompt=prompt, sampling=sampling)
     return Request(work, **kwargs)  # type: ignore[arg-type]
 
 
@@ -63,10 +66,12 @@ def run_to_end(scheduler: Scheduler, limit: int = 500) -> dict[str, list[int]]:
     raise AssertionError("the scheduler does not come to an end")
 
 
-def expected(prompt: list[int], max_tokens: int) -> list[int]:
+def expected(prompt: list[int], max_tokens: int, stop: tuple[int, ...] = ()) -> list[int]:
     tokens = list(prompt)
     for _ in range(max_tokens):
         tokens.append(next_token(tokens))
+        if tokens[-1] in stop:
+            break
     return tokens[len(prompt) :]
 
 
@@ -291,36 +296,43 @@ def test_a_fill_takes_no_block_that_a_waiting_request_needs() -> None:
     assert scheduler.begin_fill(make_request("has all", [2] * 12), 9) is None
 
 
+STOPS = st.sampled_from([(), (), (3,), (1, 4, 6)])
+
+
 class SchedulerMachine(RuleBasedStateMachine):
-    """Any mix of arrivals, reservations, commits, cancels and steps: tokens stay right and nothing leaks."""
+    """Any mix of arrivals, reservations, commits, cancels and steps, one or two in flight: tokens stay right and nothing
+    leaks."""
 
     @initialize(num_blocks=st.integers(8, 24), budget=st.integers(4, 24), seqs=st.integers(1, 4))
     def start(self, num_blocks: int, budget: int, seqs: int) -> None:
         self.scheduler = make_scheduler(num_blocks, budget, seqs)
         self.count = 0
-        self.prompts: dict[str, tuple[list[int], int]] = {}
+        self.prompts: dict[str, tuple[list[int], int, tuple[int, ...]]] = {}
         self.tokens: dict[str, list[int]] = {}
         self.cancelled: set[str] = set()
-        self.plan: Plan | None = None
+        self.plans: list[Plan] = []  # in flight, oldest first
         self.fills: list[Fill] = []
 
-    def _new(self, prompt: list[int], max_tokens: int, **kwargs: object) -> Request:
+    def _new(self, prompt: list[int], max_tokens: int, stop: tuple[int, ...], **kwargs: object) -> Request:
         self.count += 1
         name = f"r{self.count}"
-        self.prompts[name] = (prompt, max_tokens)
-        return make_request(name, prompt, max_tokens, **kwargs)
+        self.prompts[name] = (prompt, max_tokens, stop)
+        return make_request(name, prompt, max_tokens, stop, **kwargs)
 
     @rule(
         prompt=st.lists(st.integers(1, 2), min_size=1, max_size=20),
         max_tokens=st.integers(1, 8),
+        stop=STOPS,
         prefill_only=st.booleans(),
     )
-    def add(self, prompt: list[int], max_tokens: int, prefill_only: bool) -> None:
-        self.scheduler.add(self._new(prompt, max_tokens, prefill_only=prefill_only))
+    def add(self, prompt: list[int], max_tokens: int, stop: tuple[int, ...], prefill_only: bool) -> None:
+        self.scheduler.add(self._new(prompt, max_tokens, stop, prefill_only=prefill_only))
 
-    @rule(prompt=st.lists(st.integers(1, 2), min_size=1, max_size=20), max_tokens=st.integers(1, 8))
-    def reserve(self, prompt: list[int], max_tokens: int) -> None:
-        self.scheduler.reserve(self._new(prompt, max_tokens))
+    @rule(
+        prompt=st.lists(st.integers(1, 2), min_size=1, max_size=20), max_tokens=st.integers(1, 8), stop=STOPS
+    )
+    def reserve(self, prompt: list[int], max_tokens: int, stop: tuple[int, ...]) -> None:
+        self.scheduler.reserve(self._new(prompt, max_tokens, stop))
 
     @rule(prompt=st.lists(st.integers(1, 2), min_size=1, max_size=20), count=st.integers(1, 5))
     def begin_fill(self, prompt: list[int], count: int) -> None:
@@ -350,54 +362,67 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.cancel(name)
             self.cancelled.add(name)
 
-    @precondition(lambda self: self.plan is None)
+    @precondition(lambda self: len(self.plans) < 2 and not any(i.draft for p in self.plans for i in p.items))
     @rule()
     def schedule(self) -> None:
-        self.plan = self.scheduler.schedule()
-        assert self.plan.num_tokens <= self.scheduler.max_num_batched_tokens
-        written = [
-            item.request.block_table[p // BLOCK]
-            for item in self.plan.items
-            for p in range(item.start, item.start + item.count)
-        ]
-        owners: dict[int, str] = {}
-        for item in self.plan.items:
-            for p in range(item.start // BLOCK, -(-(item.start + item.count) // BLOCK)):
-                block = item.request.block_table[p]
-                assert owners.setdefault(block, item.request.request_id) == item.request.request_id
-        assert len(written) == self.plan.num_tokens
+        plan = self.scheduler.schedule()
+        assert plan.num_tokens <= self.scheduler.max_num_batched_tokens
+        if not plan.items:
+            return
+        for item in plan.items:
+            known = item.request.num_tokens
+            assert item.start + item.count <= known or (item.carried and item.start == known)
+            assert item.samples == (item.start + item.count >= known)
+        self.plans.append(plan)
 
-    @precondition(lambda self: self.plan is not None)
+    @precondition(lambda self: len(self.plans) == 1)
     @rule(data=st.data())
     def speculate(self, data: st.DataObject) -> None:
-        assert self.plan is not None
+        [plan] = self.plans
         drafts = {}
-        for item in self.plan.items:
+        for item in plan.items:
             known = [*item.request.token_ids]
             right = expected(known, data.draw(st.integers(0, 6)))
             drafts[item.request.request_id] = right + data.draw(st.lists(st.integers(1, 7), max_size=2))
-        self.plan = self.scheduler.extend(self.plan, drafts)
-        assert self.plan.num_tokens <= self.scheduler.max_num_batched_tokens
-        for item in self.plan.items:
+        self.plans = [plan := self.scheduler.extend(plan, drafts)]
+        assert plan.num_tokens <= self.scheduler.max_num_batched_tokens
+        for item in plan.items:
             assert len(item.request.block_table) * BLOCK >= item.start + item.num_tokens
 
-    @precondition(lambda self: self.plan is not None)
+    @precondition(lambda self: self.plans)
     @rule()
     def update(self) -> None:
-        assert self.plan is not None
-        result = self.scheduler.update(self.plan, run(self.plan))
-        self.plan = None
+        plan = self.plans.pop(0)
+        result = self.scheduler.update(plan, run(plan))
         for new in result.tokens:
             self.tokens.setdefault(new.request.request_id, []).append(new.token)
         for request in result.progressed:
             if request.state is State.PREFILLED:
                 self.scheduler.cancel(request.request_id)
 
+    @precondition(lambda self: self.plans)
+    @rule(no_memory=st.booleans())
+    def abandon(self, no_memory: bool) -> None:
+        plan = self.plans.pop()
+        self.scheduler.abandon(plan)
+        if no_memory and self.scheduler.shrink(plan):
+            assert self.scheduler.token_budget < plan.num_tokens
+
     @invariant()
     def consistent(self) -> None:
         if hasattr(self, "scheduler"):
             self.scheduler.check()
             assert self.scheduler.num_seats_taken <= self.scheduler.max_num_seqs
+            assert self.scheduler.num_flying == len(self.plans)
+
+    @invariant()
+    def blocks_in_flight_are_held_and_written_by_one(self) -> None:
+        owners: dict[int, str] = {}
+        for plan in getattr(self, "plans", []):
+            for item in plan.items:
+                request = item.request
+                for p in range(item.start // BLOCK, -(-(item.start + item.num_tokens) // BLOCK)):
+                    assert owners.setdefault(request.block_table[p], request.request_id) == request.request_id
 
     @invariant()
     def who_is_refused_hears_of_room_when_there_is_some(self) -> None:
@@ -414,13 +439,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def tokens_are_right(self) -> None:
         for name, tokens in getattr(self, "tokens", {}).items():
-            prompt, max_tokens = self.prompts[name]
-            assert tokens == expected(prompt, max_tokens)[: len(tokens)]
+            assert tokens == expected(*self.prompts[name])[: len(tokens)]
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        if self.plan is not None:
+        while self.plans:
             self.update()
         for fill in self.fills:
             self.scheduler.end_fill(fill, 0)
@@ -431,7 +455,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             if not self.scheduler.has_work:
                 break
             self.schedule()
-            self.update()
+            if self.plans:
+                self.update()
         assert not self.scheduler.requests
         assert self.scheduler.pool.num_referenced == 0
 
