@@ -58,14 +58,14 @@ def fused_experts(
     results = torch.empty(count, hidden, dtype=torch.float32, device=x.device)
     tile = {"ROWS": blocks.size, "COLUMNS": 64, "DEPTH": 32 if x.dtype == torch.float32 else 64}
     alpha, limit = clamped or (0.0, 0.0)
-    given = (blocks.rows, blocks.experts)
+    where = (blocks.rows, blocks.experts)
     _gate_up[(len(blocks.experts), triton.cdiv(inner, tile["COLUMNS"]))](
-        x.contiguous(), gate_up.contiguous(), _or(biases, 0, x), middle, *given,
+        x.contiguous(), gate_up.contiguous(), _or(biases, 0, x), middle, *where,
         count, num_experts, top_k, hidden, inner, alpha, limit,
         BIASED=biases is not None, CLAMPED=clamped is not None, **tile,
     )  # fmt: skip
     _down[(len(blocks.experts), triton.cdiv(hidden, tile["COLUMNS"]))](
-        middle, down.contiguous(), _or(biases, 1, x), weights.contiguous(), results, *given,
+        middle, down.contiguous(), _or(biases, 1, x), weights.contiguous(), results, *where,
         count, num_experts, hidden, inner, BIASED=biases is not None, **tile,
     )  # fmt: skip
     width = min(1024, triton.next_power_of_2(hidden))

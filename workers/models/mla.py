@@ -52,7 +52,7 @@ class LatentAttentionLayer:
         # Into the first part of q: [heads, T, nope_dim] times [heads, nope_dim, rank].
         nope = queries[..., : mla.nope_dim].transpose(0, 1)
         torch.bmm(nope, self._key_up, out=q[..., :rank].transpose(0, 1))
-        seen = attention.attend(q, self._index, self._scale, self._window)[..., :rank]
+        seen = attention.attend(q, self._index, self._scale, self._window, values=rank)
         out = seen.new_empty(tokens, self._num_heads, mla.value_dim)
         torch.bmm(seen.transpose(0, 1), self._value_up, out=out.transpose(0, 1))
         return out.flatten(1)

@@ -94,9 +94,7 @@ class LocalExperts:
 
     def __init__(self, moe: MoeSpec, weights: SparseMlp[Tensor], ops: Ops) -> None:
         first, device = weights.expert(0), weights.router.device
-        self._given = torch.zeros(
-            moe.num_experts + 1, dtype=torch.int64, device=device
-        )  # the last: to nobody
+        self.counts = torch.zeros(moe.num_experts, dtype=torch.int64, device=device)  # tokens given to each
         self._gate_up = first.gate_up.new_empty(moe.num_experts, *first.gate_up.shape)
         self._down = first.down.new_empty(moe.num_experts, *first.down.shape)
         biases = []
@@ -111,14 +109,8 @@ class LocalExperts:
         self._clamp = None if moe.activation == "silu" else (moe.swiglu_alpha, moe.swiglu_limit)
         self._compute = ops.experts
 
-    @property
-    def counts(self) -> Tensor:
-        """How many tokens were given to each expert so far: int64 [E]."""
-        return self._given[:-1]
-
     def start(self, x: Tensor, weights: Tensor, experts: Tensor) -> Callable[[], Tensor]:
-        self._given.scatter_add_(0, experts.flatten(), torch.ones_like(experts.flatten()))
-        given = (weights, experts, self._gate_up, self._down, self._biases, self._clamp)
+        given = (weights, experts, self._gate_up, self._down, self._biases, self._clamp, self.counts)
         return partial(self._compute, x, *given)
 
 

@@ -51,8 +51,12 @@ class Attention(Protocol):
         window: int | None = None,
         sinks: Tensor | None = None,
         softcap: float | None = None,
+        values: int | None = None,
     ) -> Tensor:
-        """q [T, num_heads, D] -> [T, num_heads, D], as kernels.reference.paged_attention. This step's rows are written."""
+        """q [T, num_heads, D] -> [T, num_heads, D], as kernels.reference.paged_attention. This step's rows are written.
+
+        `values`: how many of a latent's first dimensions are its value: [T, num_heads, values].
+        """
 
 
 class Ops(Protocol):
@@ -93,8 +97,12 @@ class Ops(Protocol):
         down: Tensor,
         biases: Biases,
         clamp: Clamp,
+        given: Tensor,
     ) -> Tensor:
-        """Weighted sums of the experts' MLPs, float32 [T, H]; shapes as in kernels.triton.moe.fused_experts."""
+        """Weighted sums of the experts' MLPs, float32 [T, H]; shapes as in kernels.triton.moe.fused_experts.
+
+        given: int64 [E], to which the number of tokens that each expert was given is added.
+        """
 
 
 def torch_ops() -> Ops:
@@ -142,9 +150,11 @@ class _TorchOps:
         down: Tensor,
         biases: Biases,
         clamp: Clamp,
+        given: Tensor,
     ) -> Tensor:
         gate = silu_mul if clamp is None else partial(clamped_swiglu, alpha=clamp[0], limit=clamp[1])
         order, counts = permute(experts, len(gate_up) + 1)
+        given += counts[:-1]
         rows = x.index_select(0, order // experts.shape[1])
         return combine(grouped_mlp(rows, counts[:-1], gate_up, down, biases, gate), order, weights)
 
@@ -184,8 +194,9 @@ class _TorchAttention:
         window: int | None = None,
         sinks: Tensor | None = None,
         softcap: float | None = None,
+        values: int | None = None,
     ) -> Tensor:
-        return self._plan.attend(q, layer, scale, window, sinks, softcap)
+        return self._plan.attend(q, layer, scale, window, sinks, softcap)[..., :values]
 
     def _rotated(self, heads: Tensor) -> Tensor:
         assert self._angles is not None, "this step's attention was made without angles"
