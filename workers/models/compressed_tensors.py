@@ -1,13 +1,13 @@
-"""compressed-tensors checkpoints: int4 and int8 weights, by groups or by output channel.
+"""compressed-tensors checkpoints: int4 and int8 weights, by groups or by output channel, and float8.
 
-    pack-quantized: weight_packed [n, k * bits / 32] int32, words along the inputs, q + 2^(bits - 1) in each field;
-                    weight_zero_point [n * bits / 32, groups], packed alike along the outputs (asymmetric only);
-                    weight_shape, the numbers n and k
-    int-quantized:  weight [n, k] int8
-    both:           weight_scale [n, groups]
+    pack-quantized:  weight_packed [n, k * bits / 32] int32, words along the inputs, q + 2^(bits - 1) in each field;
+                     weight_zero_point [n * bits / 32, groups], packed alike along the outputs (asymmetric only);
+                     weight_shape, the numbers n and k
+    int-quantized:   weight [n, k] int8
+    both:            weight_scale [n, groups]
+    float-quantized: see fp8
 
-Activations that the checkpoint wants rounded as they come (W8A8, dynamic) are left to the kernels, which round them
-anyway where weights are integers.
+Activations that the checkpoint wants rounded are left to the kernels.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from workers.models.errors import ModelError
+from workers.models.fp8 import BlockFp8Form, PlainFp8Form
 from workers.models.quantized import Q8_OFFSET, Quantized
 from workers.models.stored_form import StoredForm
 from workers.models.stored_integers import floats, groups_of, need, neutral, one_of, unpack_words
@@ -25,7 +26,7 @@ from workers.models.stored_integers import floats, groups_of, need, neutral, one
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FORMATS = ("pack-quantized", "int-quantized")
+_FORMATS = ("pack-quantized", "int-quantized", "float-quantized")
 
 
 def compressed_form(config: Mapping[str, Any]) -> StoredForm:
@@ -43,10 +44,14 @@ def compressed_form(config: Mapping[str, Any]) -> StoredForm:
         if config.get(key):
             raise ModelError(f"config.json: compressed-tensors with a {key} is not read")
     activations = group.get("input_activations")
-    if activations and not (activations.get("dynamic") is True and activations.get("type") == "int"):
-        raise ModelError("config.json: compressed-tensors with static or float input_activations is not read")
     # A group may name a format of its own.
     format = one_of({"format": group.get("format") or config.get("format")}, "format", _FORMATS)
+    if format == "float-quantized":
+        return _float_form(weights)
+    if activations and not (activations.get("dynamic") is True and activations.get("type") == "int"):
+        raise ModelError(
+            "config.json: compressed-tensors of integers with static or float input_activations is not read"
+        )
     one_of(weights, "type", ("int",), "int")
     one_of(weights, "actorder", (None, False, "static", "weight"))  # these leave the inputs in their order
     strategy = one_of(weights, "strategy", ("group", "channel"))
@@ -58,6 +63,16 @@ def compressed_form(config: Mapping[str, Any]) -> StoredForm:
     return PackedForm(
         one_of(weights, "num_bits", (4, 8)), size, one_of(weights, "symmetric", (True, False), True)
     )
+
+
+def _float_form(weights: Mapping[str, Any]) -> StoredForm:
+    one_of(weights, "type", ("float",))
+    one_of(weights, "num_bits", (8,))
+    one_of(weights, "symmetric", (True,), True)
+    strategy = one_of(weights, "strategy", ("tensor", "channel", "block"))
+    if strategy == "block":
+        return BlockFp8Form(weights.get("block_structure"), "weight_scale")
+    return PlainFp8Form()
 
 
 class PackedForm:

@@ -3,18 +3,20 @@
 qweight [k * bits / 32, n]          words along the inputs
 qzeros  [groups, n * bits / 32]     words along the outputs; format "gptq" stores zero - 1, "gptq_v2" zero
 scales  [groups, n]
-g_idx   [k]                         the group of each input
+g_idx   [k]                         the group of each input; with act-order (desc_act) not in order
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from workers.models.errors import ModelError
-from workers.models.quantized import Quantized
+from workers.models.quantized import GroupedWeight, Quantized
 from workers.models.stored_integers import floats, groups_of, need, neutral, one_of, unpack_words
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ class GptqForm:
 
     def read(self, module: str, n: int, k: int, tensor: Callable[[str], Tensor | None]) -> Quantized:
         bits, groups = self._bits, groups_of(self._group_size, k, self._bits)
-        self._check_order(module, tensor("g_idx"), k, k // groups)
+        order = _order(module, tensor("g_idx"), k, groups)
         bias = tensor("bias")
         if bias is not None and bias.any():
             raise ModelError(f"{module} has a bias, which its architecture does not have")
@@ -57,12 +59,21 @@ class GptqForm:
         zero = unpack_words(need(tensor("qzeros")), bits)
         # Zero 0 is stored as -1, all bits set: modulo 2^bits it comes back.
         zero = (zero + np.uint8(self._stored_minus)) & np.uint8(2**bits - 1)
-        return neutral(module, q, floats(need(tensor("scales"))).T, zero.T, bits)
+        if order is not None:
+            q = q[:, order]
+        found = neutral(module, q, floats(need(tensor("scales"))).T, zero.T, bits)
+        # Scales of whole rows are those of any order, which is then the model's.
+        return replace(found, order=order) if isinstance(found, GroupedWeight) else found
 
-    @staticmethod
-    def _check_order(module: str, g_idx: Tensor | None, k: int, group: int) -> None:
-        if g_idx is not None and not np.array_equal(g_idx.numpy(), np.arange(k) // group):
-            raise ModelError(
-                f"{module}: GPTQ with act-order (desc_act), where the inputs of a group are scattered, is not read; "
-                "use a checkpoint made with desc_act false"
-            )
+
+def _order(module: str, g_idx: Tensor | None, k: int, groups: int) -> NDArray[np.int32] | None:
+    """The inputs, those of a group together; None where they are so anyway. Raises ModelError."""
+    if g_idx is None or groups == 1:
+        return None
+    given, wanted = g_idx.numpy(), np.arange(k) // (k // groups)
+    if np.array_equal(given, wanted):
+        return None
+    order = np.argsort(given, kind="stable").astype(np.int32)
+    if not np.array_equal(given[order], wanted):
+        raise ModelError(f"{module}.g_idx does not put {k // groups} inputs into each of {groups} groups")
+    return order

@@ -17,13 +17,14 @@ from workers.models.cache import default_cache_dir
 from workers.models.catalog import PreparedModel
 from workers.models.errors import NotHere
 from workers.models.layer_weights import GroupedAttention, Mlp, SparseMlp
+from workers.models.matrix_form import Matrix
 from workers.models.moe import routing_of
 from workers.models.packed_file import Memory, PackedFile
 from workers.models.packed_weights import EXPERTS, WEIGHTS, PackKey, ToPack, load_packed
 from workers.models.rope import inverse_frequencies
 from workers.models.scheme import choose_scheme, weights_fingerprint
 from workers.models.spec import DecoderSpec, MoeSpec
-from workers.models.weight_source import Matrix, WeightSource
+from workers.models.weight_source import WeightSource
 
 FLOAT_FORMATS = {"bfloat16": Format.BF16, "float32": Format.F32}
 

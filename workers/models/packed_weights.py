@@ -22,9 +22,9 @@ from kernels.cpu.packed import PackedMatrix
 from kernels.cpu.structures import Format
 from workers.models.cache import made_once
 from workers.models.errors import ModelError
+from workers.models.matrix_form import Matrix
 from workers.models.packed_file import DamagedFile, Memory, PackedFile, PackedFileWriter, open_packed
 from workers.models.quantized import Q8_OFFSET, ChannelWeight, GroupedWeight
-from workers.models.weight_source import Matrix
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +163,7 @@ def pack_matrix(
         )
     if isinstance(value, ChannelWeight):
         return _pack_channels(value, rows, columns)
+    assert isinstance(value, Tensor), "the native kernels have no float8"
     floats: NDArray[np.generic] = _bits(value) if float_format == Format.BF16 else _float32(value)
     return pack(library, float_format, floats, rows=rows, bias=columns, threads=threads)
 

@@ -1,4 +1,6 @@
-"""Float matrices into int8 by output channel, or into 8 or 4 bits by groups of 32 inputs. No calibration data.
+"""Float matrices into int8 or float8 by output channel, or into 8 or 4 bits by groups of 32 inputs. No calibration data.
+
+A matrix on a GPU is quantized there; what comes back is on the host.
 
 A change of any result must raise `scheme.VALUES_VERSION`.
 
@@ -16,11 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from workers.models.quantized import GROUP, Q8_OFFSET, ChannelWeight, GroupedWeight
+from workers.models.quantized import GROUP, Q8_OFFSET, ChannelWeight, Fp8Weight, GroupedWeight
 
 _INT8_MAX = 127
 _INT4_MAX = 15
+_FP8_MAX = 448
 _CHUNK = 1 << 18  # weights at a time: 1 MiB of float32, so that the search stays in the L2 cache
+_DEVICE_CHUNK = 1 << 26  # the same on a GPU: enough to fill it
 # Parts of max - min that the first grids leave out at each end: clipping the extremes of a group often costs less than
 # the coarser step. All pairs of these come within 4% of the squared error of an exhaustive search.
 _CLIPS = (0.0, 0.05, 0.1)
@@ -30,8 +34,8 @@ _MIN_SCALE = 2.0**-24  # float16's smallest
 def quantize_channels(weight: Tensor) -> ChannelWeight:
     """[n, k], symmetric: scale = absmax / 127 of each row."""
     n, k = weight.shape
-    q = torch.empty(n, k, dtype=torch.int8)
-    scale = torch.empty(n, dtype=torch.float32)
+    q = torch.empty(n, k, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(n, dtype=torch.float32, device=weight.device)
 
     def convert(rows: slice, part: Tensor) -> None:
         absmax = part.abs().amax(-1)
@@ -40,14 +44,30 @@ def quantize_channels(weight: Tensor) -> ChannelWeight:
         q[rows] = part.round_().clamp_(-_INT8_MAX, _INT8_MAX).to(torch.int8)
 
     _by_chunks(weight, k, convert)
-    return ChannelWeight(q.numpy(), scale.numpy())
+    return ChannelWeight(q.cpu().numpy(), scale.cpu().numpy())
+
+
+def quantize_fp8(weight: Tensor) -> Fp8Weight:
+    """[n, k], scale = absmax / 448 of each row; to the nearest of e4m3."""
+    n, k = weight.shape
+    q = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
+    scale = torch.empty(n, 1, dtype=torch.float32, device=weight.device)
+
+    def convert(rows: slice, part: Tensor) -> None:
+        absmax = part.abs().amax(-1, keepdim=True)
+        scale[rows] = absmax / _FP8_MAX
+        part *= torch.where(absmax > 0, _FP8_MAX / absmax, 0)
+        q[rows] = part.clamp_(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+
+    _by_chunks(weight, k, convert)
+    return Fp8Weight(q.cpu().numpy(), scale.cpu().numpy(), k)
 
 
 def quantize_q8(weight: Tensor) -> GroupedWeight:
     """[n, k] in groups of 32, symmetric: d = absmax / 127."""
     n, k = weight.shape
-    q = torch.empty(n * k // GROUP, GROUP, dtype=torch.uint8)
-    d = torch.empty(n * k // GROUP, dtype=torch.float16)
+    q = torch.empty(n * k // GROUP, GROUP, dtype=torch.uint8, device=weight.device)
+    d = torch.empty(n * k // GROUP, dtype=torch.float16, device=weight.device)
 
     def convert(groups: slice, part: Tensor) -> None:
         scale = (part.abs().amax(-1) / _INT8_MAX).half()
@@ -56,7 +76,7 @@ def quantize_q8(weight: Tensor) -> GroupedWeight:
         q[groups] = part.round_().clamp_(-_INT8_MAX, _INT8_MAX).add_(Q8_OFFSET).to(torch.uint8)
 
     _by_chunks(weight, GROUP, convert)
-    return GroupedWeight("q8", q.numpy().reshape(n, k), d.numpy().reshape(n, -1))
+    return GroupedWeight("q8", q.cpu().numpy().reshape(n, k), d.cpu().numpy().reshape(n, -1))
 
 
 def quantize_q4(weight: Tensor) -> GroupedWeight:
@@ -65,15 +85,16 @@ def quantize_q4(weight: Tensor) -> GroupedWeight:
     From each of a few first grids: round, fit d and m to the integers by least squares, round again.
     """
     n, k = weight.shape
-    q = torch.empty(n * k // GROUP, GROUP, dtype=torch.uint8)
-    d = torch.empty(n * k // GROUP, dtype=torch.float16)
+    q = torch.empty(n * k // GROUP, GROUP, dtype=torch.uint8, device=weight.device)
+    d = torch.empty(n * k // GROUP, dtype=torch.float16, device=weight.device)
     m = torch.empty_like(d)
 
     def convert(groups: slice, part: Tensor) -> None:
         q[groups], d[groups], m[groups] = _best_grid(part)
 
     _by_chunks(weight, GROUP, convert)
-    return GroupedWeight("q4", q.numpy().reshape(n, k), d.numpy().reshape(n, -1), m.numpy().reshape(n, -1))
+    minima = m.cpu().numpy().reshape(n, -1)
+    return GroupedWeight("q4", q.cpu().numpy().reshape(n, k), d.cpu().numpy().reshape(n, -1), minima)
 
 
 def _best_grid(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,12 +145,16 @@ def _by_chunks(weight: Tensor, columns: int, convert: Callable[[slice, Tensor], 
     them, which on a busy machine takes ten times as long as one thread alone.
     """
     flat = weight.contiguous().view(-1, columns)
-    rows = max(1, _CHUNK // columns)
+    rows = max(1, (_CHUNK if weight.device.type == "cpu" else _DEVICE_CHUNK) // columns)
 
     def run(first: int) -> None:
         part = flat[first : first + rows]
         convert(slice(first, first + len(part)), part.to(torch.float32, copy=True))
 
+    if weight.device.type != "cpu":
+        for first in range(0, len(flat), rows):
+            run(first)
+        return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -14,7 +14,7 @@ from workers.models.gguf_blocks import GgufBlocks
 from workers.models.quantized import GROUP
 from workers.models.spec import DecoderSpec
 
-SchemeName = Literal["none", "stored", "int8", "int4"]
+SchemeName = Literal["none", "stored", "int8", "int4", "fp8"]
 
 # Enters the fingerprint of quantized weights, and so the hashes of KV blocks: raise it when a quantizer's result or
 # the reading of a stored format changes.
@@ -25,6 +25,7 @@ VALUES_VERSION = 2
 class Scheme:
     """none: floats. stored: every matrix as the checkpoint holds it. int8: a scale for each 32 inputs.
     int4: a scale and minimum for each 32 inputs; the head in 8 bits by groups of 32, because four cost it quality.
+    fp8: float8 (e4m3) with a scale for each output; GPUs alone.
     """
 
     name: SchemeName

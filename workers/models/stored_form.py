@@ -53,9 +53,9 @@ def stored_form(config: Mapping[str, Any]) -> StoredForm | None:
 
         return compressed_form(given)
     if method == "fp8":
-        from workers.models.fp8 import Fp8Form
+        from workers.models.fp8 import fp8_form
 
-        return Fp8Form(given)
+        return fp8_form(given)
     if method == "mxfp4":
         return None  # of experts only, which are read apart: see expert_form
     raise ModelError(

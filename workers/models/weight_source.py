@@ -24,25 +24,14 @@ from workers.models.errors import ModelError
 from workers.models.expert_form import expert_form
 from workers.models.gguf_blocks import GgufBlocks
 from workers.models.layer_weights import GroupedAttention, LatentAttention, Layer, Mlp, SparseMlp
-from workers.models.quantize import quantize_channels, quantize_q4, quantize_q8
-from workers.models.quantized import (
-    GROUP,
-    ChannelWeight,
-    GroupedWeight,
-    Quantized,
-    concat_rows,
-    cut_columns,
-    cut_rows,
-    same_form,
-)
+from workers.models.matrix_form import Matrix, MatrixForm, to_float
+from workers.models.quantized import cut_columns, cut_rows
 from workers.models.scheme import FLOATS, Scheme
 from workers.models.sharding import Cuts
 from workers.models.spec import DecoderSpec, MlaSpec, MoeSpec
 from workers.models.stored_form import stored_form
 from workers.models.tensor_shapes import EMBEDDING, HEAD, expected_shapes
 from workers.parallel.shard import WHOLE, Shard
-
-Matrix = Tensor | GroupedWeight | ChannelWeight  # [out, in]
 
 
 @dataclass(frozen=True)
@@ -57,12 +46,20 @@ class _Piece:
 class WeightSource:
     """Float tensors come as the files hold them (dtype, on the CPU) and may be views of a mapped file."""
 
-    def __init__(self, path: Path, spec: DecoderSpec, scheme: Scheme = FLOATS, shard: Shard = WHOLE) -> None:
-        """`spec` is the whole model's, `shard` the part of it that is read.
+    def __init__(
+        self,
+        path: Path,
+        spec: DecoderSpec,
+        scheme: Scheme = FLOATS,
+        shard: Shard = WHOLE,
+        form: MatrixForm | None = None,
+    ) -> None:
+        """`spec` is the whole model's, `shard` the part of it that is read. form: of matrices, beyond what the scheme says.
 
         Raises ModelError naming the missing, unexpected or wrongly shaped tensors.
         """
         self.spec, self.scheme, self._cuts = spec, scheme, Cuts(spec, shard)
+        self._in_form = form or MatrixForm(scheme)
         self._headers = read_headers(path)
         self._experts = expert_form(spec, self._headers)
         self._shapes = expected_shapes(spec, self._experts)
@@ -99,14 +96,14 @@ class WeightSource:
                 self._part(prefix + name, logical) for name in ("gate_up_proj", "down_proj")
             )
             gate_up, down_rows = _both_halves(gate_up, mine), _columns(down_rows, mine)
-            return Mlp(self._in_scheme([gate_up]), None, self._in_scheme([down_rows]), None)
+            return Mlp(self._in_form.fused([gate_up]), None, self._in_form.fused([down_rows]), None)
         gate_up = _gate_first(self._expert_rows(prefix + "gate_up_proj", logical))
         gate_up_bias = _gate_first(self._part(prefix + "gate_up_proj_bias", logical))
         down_bias = self._part(prefix + "down_proj_bias", logical)
         return Mlp(
-            self._in_scheme([_both_halves(gate_up, mine)]),
+            self._in_form.fused([_both_halves(gate_up, mine)]),
             _both_halves(gate_up_bias, mine),
-            self._in_scheme([_columns(self._expert_rows(prefix + "down_proj", logical), mine)]),
+            self._in_form.fused([_columns(self._expert_rows(prefix + "down_proj", logical), mine)]),
             down_bias if self._cuts.adds_bias else torch.zeros_like(down_bias),
         )
 
@@ -208,30 +205,7 @@ class WeightSource:
         was_quantized = self._blocks is not None and any(
             self._blocks.was_quantized(piece.module + ".weight") for piece in pieces
         )
-        return self._in_scheme([self._stored(piece) for piece in pieces], head, was_quantized)
-
-    def _in_scheme(self, parts: list[Matrix], head: bool = False, was_quantized: bool = False) -> Matrix:
-        if self.scheme.name == "none":
-            return _floats(parts)
-        if self.scheme.name == "int8":
-            if all(isinstance(part, ChannelWeight) for part in parts):
-                return _stacked(parts)
-            # A scale for each output goes with one scale for each row of activations, and those have outliers: KL to
-            # float32 0.039 on SmolLM2, 0.004 with a scale for each 32 inputs on both sides (docs/quantization.md).
-            values = _floats(parts)
-            return quantize_channels(values) if values.shape[1] % GROUP else quantize_q8(values)
-        if self.scheme.name == "int4":
-            form = "q8" if head else "q4"
-            if all(isinstance(part, GroupedWeight) and part.format == form for part in parts):
-                return _stacked(parts)
-            return (quantize_q8 if head else quantize_q4)(_floats(parts))
-        if same_form(parts):
-            return _stacked(parts)
-        # Fused of different forms, or of one that the kernels do not hold: eight bits are as good as what was stored.
-        was_quantized = was_quantized or any(not isinstance(part, Tensor) for part in parts)
-        return (
-            quantize_q8(_floats(parts)) if was_quantized and not parts[0].shape[1] % GROUP else _floats(parts)
-        )
+        return self._in_form.fused([self._stored(piece) for piece in pieces], head, was_quantized)
 
     def _stored(self, piece: _Piece) -> Matrix:
         module, name = piece.module, piece.module + ".weight"
@@ -241,7 +215,8 @@ class WeightSource:
             return self._tensor(name, piece.rows, piece.columns)
         assert self._form is not None
         n, k = self._shapes[name]
-        return _cut(self._form.read(module, n, k, lambda end: self._optional(f"{module}.{end}")), piece)
+        found = self._form.read(module, n, k, lambda end: self._optional(f"{module}.{end}"))
+        return _cut(self._in_form.stored(found), piece)
 
     def _optional(self, name: str) -> Tensor | None:
         own_bias = name.endswith(".bias") and name in self._shapes  # read apart, as for float matrices
@@ -295,16 +270,3 @@ def _cut(matrix: Matrix, piece: _Piece) -> Matrix:
     cut = cut_columns(whole, piece.columns)
     # A scale's group lies on two ranks.
     return _columns(to_float(whole), piece.columns) if cut is None else cut
-
-
-def to_float(matrix: Matrix) -> Tensor:
-    """The values of `matrix`: as they are, or float32."""
-    return matrix if isinstance(matrix, Tensor) else torch.from_numpy(matrix.dequantize())
-
-
-def _floats(parts: list[Matrix]) -> Tensor:
-    return to_float(parts[0]) if len(parts) == 1 else torch.cat([to_float(part) for part in parts])
-
-
-def _stacked(parts: list[Matrix]) -> Quantized:
-    return concat_rows([part for part in parts if not isinstance(part, Tensor)])

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from workers.models.layer_weights import Layer
+from workers.models.matrix_form import Matrix, to_float
 from workers.models.scheme import FLOATS, Scheme
 from workers.models.spec import DecoderSpec
-from workers.models.weight_source import Matrix, WeightSource, to_float
+from workers.models.weight_source import WeightSource
 from workers.parallel.shard import WHOLE, Shard
 
 LayerWeights = Layer[Tensor]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,11 +15,16 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from tests.workers.models.test_decoder import BLOCK_SIZE, CPU, Sequence, step
+from workers.models.checkpoint import read_json
 from workers.models.decoder import load_decoder
 from workers.models.errors import ModelError
+from workers.models.matrix_form import MatrixForm, to_float
 from workers.models.mxfp4 import widen
+from workers.models.quantized import Fp8Weight
 from workers.models.random_model import write_random_model
 from workers.models.scheme import choose_scheme
+from workers.models.spec import DecoderSpec
+from workers.models.weight_source import WeightSource
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,6 +68,84 @@ def test_float8(tmp_path: Path, family: str) -> None:
     rewrite(path, {**stored, **extra}, quantization_config=FP8)
     torch.testing.assert_close(logits(path), expected, rtol=1e-5, atol=1e-5)
     assert choose_scheme("auto", path).name == "stored"
+
+
+def float_quantized(**weights: object) -> dict[str, object]:
+    """As llm-compressor writes it."""
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", **weights}}
+    group["input_activations"] = {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": group},
+    }
+
+
+# name -> quantization_config, the shape of a layer's scales by its outputs and inputs
+SCALES: dict[str, tuple[dict[str, object], Callable[[int, int], tuple[int, ...]]]] = {
+    "dynamic": (float_quantized(strategy="channel"), lambda n, k: (n, 1)),
+    "of the tensor": (float_quantized(strategy="tensor"), lambda n, k: (1,)),
+    "blocks": (
+        float_quantized(strategy="block", block_structure=[16, 128]),
+        lambda n, k: (-(-n // 16), -(-k // 128)),
+    ),
+    "one number": ({"quant_method": "fp8", "activation_scheme": "static"}, lambda n, k: ()),
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_float8_scales(tmp_path: Path, name: str) -> None:
+    """Values, and the form in which kernels for float8 take them."""
+    config, shape = SCALES[name]
+    path = write_random_model(tmp_path, {"intermediate_size": 192})
+    stored, widened = {}, {}
+    for key, tensor in load_file(path / "model.safetensors").items():
+        if "_proj.weight" not in key:
+            stored[key] = widened[key] = tensor
+            continue
+        n, k = tensor.shape
+        q, scale = (tensor * 50).to(torch.float8_e4m3fn), torch.rand(shape(n, k)) * 0.02 + 0.01
+        stored |= {key: q, key + "_scale": scale, key.removesuffix("weight") + "input_scale": torch.ones(1)}
+        by_weight = scale.reshape(-1, 1)
+        if name == "blocks":
+            by_weight = scale.repeat_interleave(16, 0)[:n].repeat_interleave(128, 1)[:, :k]
+        widened[key] = q.float() * by_weight
+    rewrite(path, stored, quantization_config=config)
+    scheme = choose_scheme("auto", path)
+    assert scheme.name == "stored"
+    spec = DecoderSpec.from_config(read_json(path / "config.json"))
+    prefix = "model.layers.1."
+    wanted = {
+        "qkv": torch.cat([widened[f"{prefix}self_attn.{part}_proj.weight"] for part in "qkv"]),
+        "down": widened[prefix + "mlp.down_proj.weight"],
+    }
+    for every_form in (False, True):
+        form = MatrixForm(scheme, every_form=every_form)
+        layer = list(WeightSource(path, spec, scheme, form=form).layers())[1]
+        found = {"qkv": layer.attention.qkv, "down": layer.mlp.down}  # type: ignore[union-attr]
+        for part, matrix in found.items():
+            assert isinstance(matrix, Fp8Weight if every_form else Tensor)
+            assert torch.equal(to_float(matrix), wanted[part])
+
+
+def test_scales_of_another_number_are_told(tmp_path: Path) -> None:
+    path = write_random_model(tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    quantization = float_quantized(strategy="channel")
+    rewrite(path, {**tensors, name + "_scale": torch.ones(3)}, quantization_config=quantization)
+    with pytest.raises(
+        ModelError, match=r"weight_scale has shape \[3\]; one scale is read, or one for each of"
+    ):
+        logits(path)
+
+
+def test_every_float8_has_its_value() -> None:
+    bits = torch.arange(256).to(torch.uint8)
+    found = Fp8Weight(bits.numpy()[None], np.ones((1, 1), np.float32), 256).dequantize()
+    wanted = bits.view(torch.float8_e4m3fn).float().numpy()
+    np.testing.assert_array_equal(found[0], wanted)  # NaN where NaN
 
 
 def test_float8_of_another_type_is_told(tmp_path: Path) -> None:

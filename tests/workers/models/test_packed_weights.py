@@ -16,10 +16,10 @@ from kernels.cpu.packed import PackedMatrix
 from kernels.cpu.structures import Format
 from workers.models import packed_weights
 from workers.models.errors import ModelError
+from workers.models.matrix_form import Matrix, to_float
 from workers.models.packed_file import DamagedFile, PackedFile, PackedFileWriter, open_packed
 from workers.models.packed_weights import PackKey, ToPack, load_packed, pack_matrix
 from workers.models.quantize import quantize_channels, quantize_q4, quantize_q8
-from workers.models.weight_source import Matrix, to_float
 
 KEY = PackKey("ab" * 32, Format.BF16)
 

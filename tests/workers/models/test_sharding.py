@@ -14,11 +14,12 @@ from workers.models import weight_source
 from workers.models.checkpoint import read_json
 from workers.models.errors import ModelError
 from workers.models.layer_weights import GroupedAttention, LatentAttention, Mlp, SparseMlp
+from workers.models.matrix_form import to_float
 from workers.models.random_model import write_random_model
 from workers.models.scheme import Scheme
 from workers.models.sharding import check_shardable, sharded
 from workers.models.spec import DecoderSpec
-from workers.models.weight_source import WeightSource, to_float
+from workers.models.weight_source import WeightSource
 from workers.parallel.shard import WHOLE, Shard
 
 SPLIT = ["llama", "qwen2", "qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v2", "deepseek_v3", "gpt_oss"]

@@ -102,7 +102,11 @@ def test_rope_in_the_old_and_the_new_form(model_type: str) -> None:
         ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "by layer type"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama", {"quantization_config": {"quant_method": "hqq"}}, "'hqq' are not read; gptq, awq"),
-        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "weight_block_size None is not read"),
+        (
+            "llama",
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": 128}},
+            "weight_block_size 128 is not read",
+        ),
         ("llama", {"quantization_config": "gptq"}, "quantization_config must be an object"),
         ("mistral", {"sliding_window": 0}, "sliding_window"),
         ("qwen2", {"use_sliding_window": True, "layer_types": ["full_attention"]}, "4 layers"),

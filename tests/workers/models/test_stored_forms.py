@@ -26,10 +26,11 @@ from workers.models.catalog import prepare_model
 from workers.models.checkpoint import read_json
 from workers.models.decoder import load_decoder
 from workers.models.errors import ModelError
+from workers.models.matrix_form import MatrixForm, to_float
 from workers.models.quantized import ChannelWeight, GroupedWeight
 from workers.models.scheme import Scheme, choose_scheme
 from workers.models.spec import DecoderSpec
-from workers.models.weight_source import WeightSource, to_float
+from workers.models.weight_source import WeightSource
 
 
 def compressed(num_bits: int, group: int, symmetric: bool = True, **more: Any) -> dict[str, Any]:
@@ -170,15 +171,49 @@ def test_own_biases_are_kept_and_empty_ones_dropped(tmp_path: Path) -> None:
         next(source(tmp_path).layers())
 
 
-def test_act_order_is_refused(tmp_path: Path) -> None:
+def scatter(path: Path, packed: dict[str, Matrix], alike: bool) -> dict[str, np.ndarray]:
+    """Gives the inputs of each layer to groups at random, q, k and v as `alike`. The values that are then meant."""
+    held, values = load_file(path / "model.safetensors"), {}
+    for seed, (module, matrix) in enumerate(packed.items()):
+        group = matrix.k // matrix.scale.shape[1]
+        seed = 0 if alike else seed
+        g_idx = np.random.default_rng(seed).permutation(matrix.k) // group
+        held[module + ".g_idx"] = torch.from_numpy(g_idx.astype(np.int32))
+        values[module] = matrix.scale[:, g_idx].astype(np.float64) * (matrix.q - matrix.zero[:, g_idx])
+    save_file(held, path / "model.safetensors")
+    return values
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_act_order(tmp_path: Path, alike: bool) -> None:
+    """Inputs of a group that are not neighbours: as stored where kernels can take it, else in eight bits."""
+    values = scatter(tmp_path, write(tmp_path, CASES["gptq g32"]), alike)
+    spec, scheme = DecoderSpec.from_config(read_json(tmp_path / "config.json")), Scheme("stored")
+    prefix = "model.layers.1.self_attn."
+    qkv = np.concatenate([values[f"{prefix}{part}_proj"] for part in "qkv"])
+    for every_form in (True, False):
+        form = MatrixForm(scheme, every_form=every_form)
+        attention = list(WeightSource(tmp_path, spec, scheme, form=form).layers())[1].attention
+        for got, want, scattered in (
+            (attention.qkv, qkv, every_form and alike),
+            (attention.output, values[prefix + "o_proj"], every_form),
+        ):
+            assert isinstance(got, GroupedWeight)
+            assert (got.format, got.order is not None) == (("q4", True) if scattered else ("q8", False))
+            # Eight bits: half of a group's largest / 127; four: minima rounded to float16.
+            tolerance = 0.1 * 15 * 2.0**-11 if scattered else 0.1 * 15 / 127 / 2 + 0.002
+            assert np.abs(got.dequantize() - want).max() <= tolerance
+
+
+def test_groups_of_the_wrong_size_are_told(tmp_path: Path) -> None:
     write(tmp_path, CASES["gptq g32"])
     held = load_file(tmp_path / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj.g_idx"
-    held[name] = held[name].flip(0).contiguous()
+    held[name] = torch.zeros_like(held[name])
     save_file(held, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=r"act-order .*desc_act false"):
+    with pytest.raises(ModelError, match=r"q_proj\.g_idx does not put 32 inputs into each of 2 groups"):
         next(source(tmp_path).layers())
-    del held[name]  # not every writer gives a trivial one
+    del held[name]  # not every writer gives one
     save_file(held, tmp_path / "model.safetensors")
     next(source(tmp_path).layers())
 
