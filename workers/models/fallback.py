@@ -18,6 +18,7 @@ from workers.models.fallback_attention import (
     NAME,
     TRIAL_NAME,
     Layer,
+    Paged,
     Slot,
     Step,
     Trial,
@@ -67,7 +68,7 @@ class FallbackModel:
         """`layers`: as `Trial` has seen them, with equal numbers of KV heads. `kv_wire`: as in Decoder."""
         self.ops, self.kv_wire = ops, kv_wire
         self.module, self.spec, self.dtype, self.device = module, spec, dtype, device
-        self._slot, self._layers = slot, layers
+        self._slot, self.layers = slot, layers
         self.num_layers = len(layers)
         self.num_kv_heads = next(iter(layers.values())).num_kv_heads
         self.head_dim = max(max(layer.key_dim, layer.value_dim) for layer in layers.values())
@@ -93,8 +94,13 @@ class FallbackModel:
         """
         cache = PagedKv.held_in(kv_cache, self.head_dim, self.kv_wire)
         attention = self.ops.attention(cache, step, None, positions)
-        with self._slot.holding(Step(self._layers, attention, self.head_dim, self.dtype)):
-            return _forward(self.module, token_ids, positions, 0 if rows is None else rows)
+        paged = Step(self.layers, attention, self.head_dim, self.dtype)
+        return self.run(paged, token_ids, positions, 0 if rows is None else rows)
+
+    def run(self, paged: Paged, token_ids: Tensor, positions: Tensor, rows: Tensor | int) -> Tensor:
+        """A pass in which `paged` attends: what `logits` takes, of `rows`; 0: of all tokens."""
+        with self._slot.holding(paged):
+            return _forward(self.module, token_ids, positions, rows)
 
     @torch.inference_mode()
     def logits(self, found: Tensor) -> Tensor:

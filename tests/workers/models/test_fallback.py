@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
-from kernels.attention_step import AttentionStep
 from tests.e2e.oracle import Oracle
 from tests.workers.models.tiny_fallback import FAMILIES, MORE_FAMILIES, write_fallback_model
 from tests.workers.worker_pair import worker_pair
@@ -21,8 +20,9 @@ from workers.config import EngineConfig
 from workers.engine.engine import Engine
 from workers.models.catalog import prepare_model
 from workers.models.errors import ModelError
-from workers.models.fallback import load_fallback
+from workers.models.fallback import FallbackModel, load_fallback
 from workers.models.fallback_attention import Step
+from workers.models.fallback_capture import first_wait
 from workers.models.fallback_spec import FallbackSpec, read_spec
 from workers.models.random_model import write_random_model
 from workers.protocol.messages import Sampling
@@ -270,48 +270,43 @@ def test_longrope_ends_the_context_where_it_would_turn_cached_keys(tmp_path: Pat
     assert (spec.max_position, spec.named_position) == (64, 256)
 
 
-class NothingOfTheDevice(TorchDispatchMode):
-    """Refuses what would have the host wait for a GPU, or makes a shape of what lies there."""
-
-    WAITS = (
-        "_local_scalar_dense",
-        "nonzero",
-        "masked_select",
-        "unique",
-        "_assert_async",
-        "equal",
-        "is_nonzero",
-    )
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().removeprefix("aten::").split(".")[0]
-        assert name not in self.WAITS, f"{func} waits for the device"
-        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
-        assert not any(one is not None and one.dtype == torch.bool for one in indices), f"{func} by a mask"
-        return func(*args, **(kwargs or {}))
-
-
-class Attends:
-    """As `Attention`: to nothing."""
-
-    def write(self, k: torch.Tensor, v: torch.Tensor, layer: int) -> None:
-        assert k.shape == v.shape
-
-    def attend(self, q: torch.Tensor, *_: Any) -> torch.Tensor:
-        assert q.is_contiguous()
-        return torch.zeros_like(q)
+def loaded(path: Path) -> FallbackModel:
+    spec = read_spec(path)
+    assert isinstance(spec, FallbackSpec)
+    return load_fallback(path, spec, torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_does_not_wait_for_the_device(family: str, tmp_path: Path) -> None:
-    path = write_fallback_model(tmp_path / family, family)
-    spec = read_spec(path)
-    assert isinstance(spec, FallbackSpec)
-    model = load_fallback(path, spec, torch.float32, torch.device("cpu"))
-    cache = model.new_kv_cache(2, 8)
-    step = AttentionStep.of([0, 2, 3], [2, 9], torch.zeros(2, 2), torch.tensor([0, 1, 8]))
-    model.ops = type("Stand-in", (), {"attention": lambda *_: Attends()})()
-    tokens, positions, rows = torch.tensor([7, 8, 9]), torch.tensor([0, 1, 8]), torch.tensor([1, 2])
-    with NothingOfTheDevice():
-        found = model.logits(model.forward(tokens, positions, cache, step, rows))
-    assert found.shape == (2, spec.vocab_size)
+    assert first_wait(loaded(write_fallback_model(tmp_path / family, family))) is None
+
+
+class Interfering(nn.Module):
+    def __init__(self, inner: nn.Module, act: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self._inner, self._act = inner, act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self._act(self._inner(x))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("act", "named"),
+    [
+        (lambda x: x * float(x.max()), "_local_scalar_dense"),
+        (lambda x: x if (x > 0).all() else -x, "_local_scalar_dense"),
+        (lambda x: x + x[x > 0].sum(), "index.Tensor by a mask"),
+        (lambda x: x + len(x.nonzero()), "nonzero"),
+        (lambda x: x.to("meta"), "between cpu and meta"),
+        (lambda x: x + x.new_zeros(2).repeat_interleave(torch.tensor([1, 2])).sum(), "repeat_interleave"),
+    ],
+)
+def test_what_waits_for_the_device_is_found(
+    gemma2: Path, act: Callable[[torch.Tensor], torch.Tensor], named: str
+) -> None:
+    model = loaded(gemma2)
+    model.module.model.layers[1].mlp = Interfering(model.module.model.layers[1].mlp, act)
+    found = first_wait(model)
+    assert found is not None
+    assert named in found
