@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(
     "groups",
-    [["layer"], pytest.param(["attention", "sampling", "relayout"], marks=pytest.mark.slow)],
+    [["layer"], pytest.param(["attention", "matmul", "sampling", "relayout"], marks=pytest.mark.slow)],
     ids=",".join,
 )
 def test_rehearsal(groups: list[str]) -> None:
@@ -37,7 +37,7 @@ def test_rehearsal(groups: list[str]) -> None:
     found = json.loads(done.stdout)
     assert {case["group"] for case in found["cases"]} == set(groups)
     for case in found["cases"]:
-        assert case["forms"]["headrace"] == {"seconds": None}, case
+        assert case["forms"], case
         assert all(form == {"seconds": None} for form in case["forms"].values()), case
 
 
