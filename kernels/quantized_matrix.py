@@ -79,6 +79,15 @@ class QuantizedMatrix:
         scale = self.scale[:, begin:end].contiguous()
         return replace(self, q=self.q[begin:end], scale=scale, minimum=minimum)
 
+    def picked(self, rows: Tensor) -> QuantizedMatrix:
+        """The outputs `rows`, int64, in that order; a copy."""
+        minimum = None if self.minimum is None else self.minimum.index_select(1, rows)
+        q = self.q.view(torch.uint8).index_select(0, rows).view(self.q.dtype)
+        return replace(self, q=q, scale=self.scale.index_select(1, rows), minimum=minimum)
+
+
+Weight = Tensor | QuantizedMatrix  # [n, k]
+
 
 def pack_int4(q: Tensor) -> Tensor:
     """uint8 [n, k] of 0..15 -> uint8 [n, ceil(k / 128) * 64], two columns a byte; fills up with zeros."""

@@ -19,11 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.quantized_matrix import PAIR, QuantizedMatrix
+from kernels.quantized_matrix import PAIR, Weight
 from kernels.triton.paged_kv import operand_type
 from kernels.triton.relayout import _from_e4m3
-
-Weight = Tensor | QuantizedMatrix  # [n, k]
 
 _FLOATS, _INT8, _INT4, _FP8_BITS, _FP8 = range(5)
 _DEPTH = {_FLOATS: 64, _INT8: 128, _INT4: PAIR, _FP8_BITS: 128, _FP8: 128}  # values of a row's q at a time

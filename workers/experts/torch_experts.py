@@ -10,12 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.quantized_matrix import Weight
 from kernels.reference_moe import grouped_mlp
 from workers.experts.counts import Counted, Counts
 from workers.experts.exchange import Exchange
 from workers.experts.parallel import Compute, ParallelExperts, Ranks, Route
 from workers.models.layer_weights import Mlp, SparseMlp
-from workers.models.moe import activation_of
+from workers.models.moe import activation_of, float_expert
 from workers.models.ops import Ops
 from workers.models.spec import DecoderSpec, MoeSpec
 
@@ -38,9 +39,9 @@ class TorchExperts:
 
     # --- for the decoder --------------------------------------------------------------------------------------------
 
-    def make(self, index: int, spec: DecoderSpec, weights: SparseMlp[Tensor], ops: Ops) -> ParallelExperts:
+    def make(self, index: int, spec: DecoderSpec, weights: SparseMlp[Weight], ops: Ops) -> ParallelExperts:
         assert index == len(self._read), "layers come in order"
-        self._read.append(weights.expert)
+        self._read.append(lambda logical: float_expert(weights.expert(logical)))
         self._layers.append(ParallelExperts(index, self._moe.top_k, self._hidden, self, self._counts))
         return self._layers[-1]
 

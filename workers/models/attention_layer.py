@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from kernels.attention_step import HeadNorms
+from kernels.quantized_matrix import Weight
 from workers.models.layer_weights import GroupedAttention
 from workers.models.linear import make_linear
 from workers.models.ops import Attention
@@ -24,7 +25,7 @@ class AttentionLayer(Protocol):
 class GroupedAttentionLayer:
     """Grouped-query attention (Ainslie et al. 2023)."""
 
-    def __init__(self, spec: DecoderSpec, index: int, weights: GroupedAttention[Tensor]) -> None:
+    def __init__(self, spec: DecoderSpec, index: int, weights: GroupedAttention[Weight]) -> None:
         self._index = index
         self._scale, self._window = spec.scale, spec.windows[index]
         self._head_dim = spec.head_dim

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from kernels import reference_matmul
-from kernels.quantized_matrix import QuantizedMatrix
+from kernels.quantized_matrix import QuantizedMatrix, Weight
 from workers.models.matmul_choice import BUCKETS, Choices, choices_on
-from workers.models.matmul_forms import Weight
 
 
 class DeviceLinear:

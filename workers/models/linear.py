@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.quantized_matrix import QuantizedMatrix
+from kernels.quantized_matrix import QuantizedMatrix, Weight
 from workers.models.device_linear import DeviceLinear, EagerLinear, has_triton
 
 Linear = Callable[[Tensor], Tensor]  # [M, in] -> [M, out]
@@ -43,9 +43,7 @@ class PlainLinear:
         return functional.linear(x, self._weight, self._bias)
 
 
-def make_linear(
-    weight: Tensor | QuantizedMatrix, bias: Tensor | None = None, dtype: torch.dtype | None = None
-) -> Linear:
+def make_linear(weight: Weight, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Linear:
     """weight [out, in]; packed where this build and processor can. A packed weight is a copy.
 
     dtype: of the result, where it is to be another than x's. On a GPU the ways to multiply are measured, once for each

@@ -22,11 +22,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels.quantized_matrix import QuantizedMatrix
+from kernels.quantized_matrix import QuantizedMatrix, Weight
 from kernels.reference_matmul import multiply
 from workers.models import matmul_forms
 from workers.models.cache import default_cache_dir
-from workers.models.matmul_forms import MatmulForm, Weight, forms_of
+from workers.models.matmul_forms import MatmulForm, forms_of
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.quantized_matrix import QuantizedMatrix
+from kernels.quantized_matrix import QuantizedMatrix, Weight
 
-Weight = Tensor | QuantizedMatrix  # [n, k]
 # (x [m, k], bias [n] or None, dtype of the result) -> [m, n]
 Product = Callable[[Tensor, Tensor | None, torch.dtype], Tensor]
 

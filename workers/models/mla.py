@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.quantized_matrix import Weight
 from workers.models.layer_weights import LatentAttention
 from workers.models.linear import make_linear
 from workers.models.ops import Attention, Ops
@@ -18,7 +19,7 @@ from workers.models.spec import DecoderSpec, MlaSpec
 
 
 class LatentAttentionLayer:
-    def __init__(self, spec: DecoderSpec, index: int, weights: LatentAttention[Tensor], ops: Ops) -> None:
+    def __init__(self, spec: DecoderSpec, index: int, weights: LatentAttention[Weight], ops: Ops) -> None:
         assert spec.mla is not None, f"{spec.architecture} has no latent attention"
         mla = self._mla = spec.mla
         self._ops, self._index, self._num_heads = ops, index, spec.num_heads
@@ -26,14 +27,17 @@ class LatentAttentionLayer:
         down, q_up = weights.down, weights.q_up
         if mla.rope_interleaved:
             rank = mla.q_lora_rank
-            queries, latents = down[: -mla.latent_dim], down[-mla.latent_dim :]
+            queries = torch.arange(down.shape[0] - mla.latent_dim)
+            latents = torch.arange(len(queries), down.shape[0])
             if rank is None:
                 queries = _rotated_in_halves(queries, spec.num_heads, mla)
-            down = torch.cat((queries, _rotated_in_halves(latents, 1, mla)))
-            q_up = None if q_up is None else _rotated_in_halves(q_up, spec.num_heads, mla)
+            down = _picked(down, torch.cat((queries, _rotated_in_halves(latents, 1, mla))))
+            if q_up is not None:
+                q_up = _picked(q_up, _rotated_in_halves(torch.arange(q_up.shape[0]), spec.num_heads, mla))
         self._down = make_linear(down)
         self._q_up = None if q_up is None else make_linear(q_up)
         self._q_norm, self._kv_norm = weights.q_norm, weights.kv_norm
+        assert isinstance(weights.kv_up, Tensor), "kv_up is folded into queries, as floats"
         up = weights.kv_up.view(spec.num_heads, mla.nope_dim + mla.value_dim, mla.kv_lora_rank)
         self._key_up = up[:, : mla.nope_dim].contiguous()  # [heads, nope_dim, kv_lora_rank]
         # [heads, kv_lora_rank, value_dim]
@@ -58,9 +62,15 @@ class LatentAttentionLayer:
         return out.flatten(1)
 
 
-def _rotated_in_halves(weight: Tensor, heads: int, mla: MlaSpec) -> Tensor:
-    """Rows [heads * d, in], of each head's last `rope_dim` first the even, then the odd: pairs that are rotated
-    together lie half a head apart, as rotary kernels take them. Scores don't change when queries and keys agree."""
-    rows = weight.view(heads, -1, weight.shape[1])
-    plain, rotated = rows[:, : -mla.rope_dim], rows[:, -mla.rope_dim :]
-    return torch.cat((plain, rotated[:, 0::2], rotated[:, 1::2]), 1).view(weight.shape)
+def _rotated_in_halves(rows: Tensor, heads: int, mla: MlaSpec) -> Tensor:
+    """Of `rows` [heads * d], each head's last `rope_dim` first the even, then the odd: pairs that are rotated together
+    lie half a head apart, as rotary kernels take them. Scores don't change when queries and keys agree."""
+    of_heads = rows.view(heads, -1)
+    plain, rotated = of_heads[:, : -mla.rope_dim], of_heads[:, -mla.rope_dim :]
+    return torch.cat((plain, rotated[:, 0::2], rotated[:, 1::2]), 1).flatten()
+
+
+def _picked(weight: Weight, rows: Tensor) -> Weight:
+    """The outputs `rows`, in that order."""
+    rows = rows.to(weight.device)
+    return weight.index_select(0, rows) if isinstance(weight, Tensor) else weight.picked(rows)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.quantized_matrix import Weight
 from kernels.reference import silu_mul
 from kernels.reference_moe import Activation, Routing, clamped_swiglu
 from workers.models.layer_weights import Mlp, SparseMlp
@@ -31,7 +32,7 @@ class Experts(Protocol):
 
 # (index among the layers that have experts, the model, the layer's weights, what computes) -> its experts. Routed experts
 # are read by calling `weights.expert`, now or later, all or some of them.
-MakeExperts = Callable[[int, DecoderSpec, SparseMlp[Tensor], Ops], Experts]
+MakeExperts = Callable[[int, DecoderSpec, SparseMlp[Weight], Ops], Experts]
 
 
 def routing_of(moe: MoeSpec) -> Routing:
@@ -54,7 +55,7 @@ def activation_of(moe: MoeSpec) -> Activation:
 
 
 class DenseMlp:
-    def __init__(self, weights: Mlp[Tensor], ops: Ops) -> None:
+    def __init__(self, weights: Mlp[Weight], ops: Ops) -> None:
         self._gate = ops.silu_mul
         self._gate_up = make_linear(weights.gate_up, weights.gate_up_bias)
         self._down = make_linear(weights.down, weights.down_bias)
@@ -65,7 +66,7 @@ class DenseMlp:
 
 
 class SparseLayer:
-    def __init__(self, moe: MoeSpec, weights: SparseMlp[Tensor], experts: Experts, ops: Ops) -> None:
+    def __init__(self, moe: MoeSpec, weights: SparseMlp[Weight], experts: Experts, ops: Ops) -> None:
         self.experts = experts
         self._ops = ops
         self._routing = routing_of(moe)
@@ -92,14 +93,14 @@ class SparseLayer:
 class LocalExperts:
     """All experts of a layer in this process."""
 
-    def __init__(self, moe: MoeSpec, weights: SparseMlp[Tensor], ops: Ops) -> None:
-        first, device = weights.expert(0), weights.router.device
+    def __init__(self, moe: MoeSpec, weights: SparseMlp[Weight], ops: Ops) -> None:
+        first, device = float_expert(weights.expert(0)), weights.router.device
         self.counts = torch.zeros(moe.num_experts, dtype=torch.int64, device=device)  # tokens given to each
         self._gate_up = first.gate_up.new_empty(moe.num_experts, *first.gate_up.shape)
         self._down = first.down.new_empty(moe.num_experts, *first.down.shape)
         biases = []
         for logical in range(moe.num_experts):
-            expert = weights.expert(logical)  # one at a time: a layer is never held twice
+            expert = float_expert(weights.expert(logical))  # one at a time: a layer is never held twice
             self._gate_up[logical], self._down[logical] = expert.gate_up, expert.down
             biases.append((expert.gate_up_bias, expert.down_bias))
         gate_up_biases, down_biases = (_stacked(column) for column in zip(*biases, strict=True))
@@ -114,9 +115,16 @@ class LocalExperts:
         return partial(self._compute, x, *given)
 
 
-def local_experts(index: int, spec: DecoderSpec, weights: SparseMlp[Tensor], ops: Ops) -> LocalExperts:
+def local_experts(index: int, spec: DecoderSpec, weights: SparseMlp[Weight], ops: Ops) -> LocalExperts:
     assert spec.moe is not None, f"{spec.architecture} has no experts"
     return LocalExperts(spec.moe, weights, ops)
+
+
+def float_expert(expert: Mlp[Weight]) -> Mlp[Tensor]:
+    """Routed experts are not kept quantized, see load_weights."""
+    assert isinstance(expert.gate_up, Tensor), "experts come as floats"
+    assert isinstance(expert.down, Tensor), "experts come as floats"
+    return Mlp(expert.gate_up, expert.gate_up_bias, expert.down, expert.down_bias)
 
 
 def _stacked(biases: tuple[Tensor | None, ...]) -> Tensor | None:
