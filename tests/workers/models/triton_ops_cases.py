@@ -15,11 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from kernels.attention_step import AttentionStep
+from kernels.paged_kv import PagedKv
+from kernels.reference_relayout import Wire
 from kernels.triton import moe
+from tests.workers.models.tiny_fallback import write_fallback_model
 from workers.models import choose_ops as choose_ops_module
 from workers.models import triton_ops
 from workers.models.choose_ops import choose_ops
-from workers.models.decoder import Decoder, load_decoder
+from workers.models.decoder import load_decoder
+from workers.models.fallback import load_fallback
+from workers.models.fallback_spec import FallbackSpec, read_spec
 from workers.models.ops import torch_ops
 from workers.models.random_model import write_random_model
 
@@ -49,7 +54,7 @@ each_family = pytest.mark.parametrize(
 class Run:
     """Two sequences through a decoder: what is fed of each in a step, and their logits."""
 
-    decoder: Decoder
+    decoder: Any  # Decoder or FallbackModel
     token_ids: Tensor  # [2, length]
     done: list[int] = field(default_factory=lambda: [0, 0])
 
@@ -148,6 +153,65 @@ def test_says_what_torch_and_transformers_say(
         expected = theirs.to(DEVICE).eval()(token_ids).logits
     torch.testing.assert_close(triton.whole(), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(triton.whole().argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("family", "wire"),
+    [
+        ("deepseek_v3", "fp8"),
+        pytest.param("qwen3", "int8", marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", "int8", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", "fp8", marks=pytest.mark.slow),
+    ],
+)
+def test_quantized_caches_hold_and_say_what_torch_has_there(
+    tmp_path: Path, family: str, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But where a last bit made a value round to the next step."""
+    write_random_model(tmp_path, FAMILIES[family], seed=5)
+    token_ids = torch.randint(0, 259, (2, 10), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    runs = []
+    for ops in (torch_ops(), choose_ops("triton", DEVICE, torch.float32)):
+        monkeypatch.setattr(f"{__name__}._refuse", ops.name == "triton")
+        run = Run(load_decoder(tmp_path, torch.float32, DEVICE, ops=ops, kv_wire=wire), token_ids)
+        run.step({0: 9})
+        run.step({1: 10, 0: 1}, fill=1)
+        runs.append(run)
+    plain, triton = runs
+    held = [PagedKv.held_in(run.kv_cache, run.decoder.spec.head_dim, wire).values() for run in runs]
+    assert torch.isclose(*held, rtol=1e-4, atol=1e-5).float().mean() > 0.995
+    torch.testing.assert_close(*held, rtol=0.13, atol=2e-2)
+    torch.testing.assert_close(triton.whole(), plain.whole(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("family", "wire"),
+    [
+        ("gemma2", None),
+        pytest.param("gemma2", "fp8", marks=pytest.mark.slow),
+        pytest.param("stablelm", None, marks=pytest.mark.slow),
+    ],
+)
+def test_models_of_transformers_attend_through_triton(
+    tmp_path: Path, family: str, wire: Wire | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_fallback_model(tmp_path / family, family)
+    spec = read_spec(path)
+    assert isinstance(spec, FallbackSpec)
+    token_ids = torch.randint(0, 259, (2, 10), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    runs = []
+    for ops in (torch_ops(), choose_ops("triton", DEVICE, torch.float32)):
+        monkeypatch.setattr(f"{__name__}._refuse", ops.name == "triton")
+        run = Run(load_fallback(path, spec, torch.float32, DEVICE, ops, wire), token_ids)
+        run.step({0: 8})
+        run.step({1: 9, 0: 1})
+        run.step({0: 1, 1: 1}, fill=2 if ops.name == "triton" else 0)
+        runs.append(run)
+    bound = 1e-4 if wire is None else 2e-2
+    torch.testing.assert_close(runs[1].whole(), runs[0].whole(), rtol=bound, atol=bound)
+    if wire is None:
+        expected = torch.stack([runs[1].decoder.own_logits(one) for one in token_ids])
+        torch.testing.assert_close(runs[1].whole(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_waiting_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
