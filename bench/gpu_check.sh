@@ -14,8 +14,8 @@ OUT=${OUT:-gpu-report}
 STEPS=${GPU_CHECK_STEPS:-.}
 DEADLINE=$((SECONDS + ${GPU_CHECK_SECONDS:-570}))
 RAW=$(mktemp -d)
-MODEL= MODEL_SMALL=
-trap 'rm -rf "$RAW" "$MODEL" "$MODEL_SMALL"' EXIT
+MODEL=
+trap 'rm -rf "$RAW" "$MODEL"' EXIT
 mkdir -p "$OUT" || exit 2
 unset TRITON_INTERPRET
 LACK=$("$PYTHON" -c 'import torch, triton
@@ -61,9 +61,15 @@ tests() {
 PARALLEL=()
 "$PYTHON" -c 'import xdist' 2>"$RAW/lack" && PARALLEL=(-n 8) # mostly compiling, which many processes do at once
 
-# A model of 8 billion parameters as files, which every step after it loads.
+# A model of 8 billion parameters as files, which every step after it loads; kernels are compiled meanwhile.
 if [ -z "$LACK" ]; then
-  MODEL=$("$PYTHON" -m bench.gpu.model ${REHEARSE[@]+"${REHEARSE[@]}"}) || LACK="no model could be written"
+  "$PYTHON" -m bench.gpu.model ${REHEARSE[@]+"${REHEARSE[@]}"} >"$RAW/model" &
+  WRITER=$!
+fi
+bench compile 100 bench.gpu.warm
+if [ -z "$LACK" ]; then
+  wait "$WRITER" || LACK="no model could be written"
+  MODEL=$(cat "$RAW/model")
 fi
 WITH=(--model "$MODEL")
 

@@ -1,6 +1,7 @@
 """An engine with a decoder of 8 billion parameters on this GPU, beside what the GPU could do at most.
 
-python -m bench.gpu.engine [--quantization fp8] [--parts decode,prefill,throughput] [--model DIRECTORY] [--json FILE]
+python -m bench.gpu.engine [--quantization fp8] [--parts decode,prefill,throughput] [--set graphs=none]
+    [--model DIRECTORY] [--json FILE]
 
 decode: a step of 1 to 256 sequences with 1,024 tokens of context each, beside the time to read weights and KV once at
 the copy bandwidth of the same run, and the CPU's time: a step's less what its thread waited for the GPU. prefill: a
@@ -9,6 +10,7 @@ prompt of 8,192 tokens, as a share of the matmul rate. throughput: 256 requests 
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -43,7 +45,9 @@ def settings(rehearse: bool, **more: Any) -> EngineConfig:
 
 
 class Bench:
-    def __init__(self, path: Path, rows: Rows, quantization: str, rehearse: bool) -> None:
+    def __init__(
+        self, path: Path, rows: Rows, quantization: str, rehearse: bool, changes: dict[str, Any]
+    ) -> None:
         self.tiny, self.rows = rehearse, rows
         self.batches = (1, 2) if rehearse else (1, 16, 64, 256)
         self.context, self.prompt = (24, 40) if rehearse else (1024, 8192)
@@ -59,10 +63,13 @@ class Bench:
         self.engine = Engine(
             settings(
                 rehearse,
-                quantization=quantization,
-                num_blocks=_blocks(self.spec, tokens, rehearse),
-                max_num_seqs=max(self.batches[-1], self.load.concurrency),
-                max_num_batched_tokens=self.prompt,
+                **{
+                    "quantization": quantization,
+                    "num_blocks": _blocks(self.spec, tokens, rehearse),
+                    "max_num_seqs": max(self.batches[-1], self.load.concurrency),
+                    "max_num_batched_tokens": self.prompt,
+                    **changes,
+                },
             ),
             model.prepared(path),
         )
@@ -70,10 +77,14 @@ class Bench:
             ceilings={"copy_bytes_per_s": self.ceilings.copy, "matmul_flops_per_s": self.ceilings.matmul},
             quantization=quantization,
             start_s=time.perf_counter() - began,
-            runner=f"{type(self.engine.runner).__name__} ({self.engine.runner.kernels})",
+            kernels=self.engine.runner.kernels,
+            changes=json.dumps(changes),
         )
-        if not rehearse:
-            rows.note(start_peak_bytes=torch.cuda.max_memory_allocated())
+        captured = getattr(self.engine.runner, "captured", None)
+        if captured is not None:
+            rows.note(
+                graphs=len(captured.graphs), capture_s=captured.seconds, graphs_bytes=captured.num_bytes
+            )
         fill_kv(self.engine)
 
     @property
@@ -188,11 +199,20 @@ def _blocks(spec: DecoderSpec, tokens: int, rehearse: bool) -> int:
     return max(64, min(wanted, (free - weights - _SPARE_BYTES) // block_bytes))
 
 
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def main() -> None:
     given = parser("bench.gpu.engine", __doc__)
     given.add_argument("--quantization", choices=list(_FORMATS), default="none")
     given.add_argument("--parts", default=",".join(PARTS), help="those to measure, with commas between")
+    given.add_argument("--set", action="append", default=[], metavar="FIELD=JSON", help="of EngineConfig")
     options = given.parse_args()
+    changes = {name: _value(text) for name, _, text in (one.partition("=") for one in options.set)}
     parts = options.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         given.error(f"--parts knows {', '.join(PARTS)}, not {', '.join(sorted(unknown))}")
@@ -201,7 +221,7 @@ def main() -> None:
         rows.note(skipped="torch sees no GPU")
     else:
         with model.model_at(options.model, model.TINY if options.rehearse else model.LLAMA_8B) as path:
-            bench = Bench(path, rows, options.quantization, options.rehearse)
+            bench = Bench(path, rows, options.quantization, options.rehearse, changes)
             for part in parts:
                 getattr(bench, part)()
     rows.end()

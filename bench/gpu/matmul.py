@@ -33,11 +33,7 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
     )
     n, k = (64, 128) if tiny else (28672, 4096)  # gate and up of an 8B model
     for format, group in FORMATS:
-        weight: Weight = (
-            torch.randn(n, k, device=device).to(dtype)
-            if format is None
-            else _quantized(format, n, k, group or k, dtype, device)
-        )
+        weight = random_weight(format, n, k, group or k, dtype, device)
         name = str(dtype)[6:] if format is None else f"{format} by {group or 'output'}"
         for rows in (2,) if tiny else (1, 16, 64, 256, 2048):
             x = torch.randn(rows, k, device=device).to(dtype)
@@ -56,10 +52,12 @@ def _product(form: MatmulForm, x: Tensor) -> Launch:
     return lambda: form.product(x, None, x.dtype)
 
 
-def _quantized(
-    format: Format, n: int, k: int, group: int, dtype: torch.dtype, device: torch.device
-) -> QuantizedMatrix:
-    """Random bits, scales and minima."""
+def random_weight(
+    format: Format | None, n: int, k: int, group: int, dtype: torch.dtype, device: torch.device
+) -> Weight:
+    """[n, k] of floats, or random bits, scales and minima."""
+    if format is None:
+        return torch.randn(n, k, device=device).to(dtype)
     shape, minimum = (-(-k // group), n), None
     scale = torch.rand(shape, device=device) * 0.01 + 0.01
     if format == "int8":

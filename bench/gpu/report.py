@@ -93,9 +93,13 @@ def _cases(cases: list[dict[str, Any]]) -> list[str]:
 def _rows(rows: list[dict[str, Any]]) -> list[str]:
     """A column for each figure that any of them has."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    heads = (name.replace("_bytes", ", GiB").replace("_", " ") for name in columns)
+    heads = (_label(name) for name in columns)
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(columns) + "|"]
     return lines + ["| " + " | ".join(_value(name, row.get(name)) for name in columns) + " |" for row in rows]
+
+
+def _label(name: str) -> str:
+    return name.replace("_bytes", ", GiB").replace("_", " ")
 
 
 def _value(name: str, value: Any) -> str:
