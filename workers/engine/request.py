@@ -110,6 +110,11 @@ class Times:
     prefilled: float = 0.0  # first token sampled here, or committed from the prefill worker
     last_token: float = 0.0
 
+    def sampled(self, now: float) -> None:
+        if not self.prefilled:
+            self.prefilled = now
+        self.last_token = now
+
 
 @dataclass(slots=True, eq=False)
 class NewToken:

@@ -106,7 +106,6 @@ class Scheduler:
         request.times.scheduled = request.times.scheduled or now
         request.times.prefilled = request.times.last_token = now
         request.append(token, self.eos_token_ids)
-        self._hash(request)
         request.state = State.RUNNING
         self._num_reserved -= 1
         self.running.append(request)
@@ -246,7 +245,9 @@ class Scheduler:
                 continue
             start = request.num_computed_tokens + request.num_flying_tokens
             count = min(lacking, budget)
-            while not self._grow(request, start + count):
+            while start + count > len(request.block_table) * self.block_size and not self._grow(
+                request, start + count
+            ):
                 if self.num_flying:
                     return Plan(())
                 preempted = True
@@ -309,21 +310,24 @@ class Scheduler:
         if self.token_budget < self.max_num_batched_tokens:
             grown = self.token_budget + -(-self.max_num_batched_tokens // _STEPS_TO_REGROW)
             self.token_budget = min(grown, self.max_num_batched_tokens)
-        end = 0
+        row = 0
         for item in plan.items:
-            request = item.request
-            begin, end = end, end + item.num_samples
+            request, draft, first_row = item.request, item.draft, row
+            row += item.num_samples
             if request.state is State.LEAVING:  # what it has computed is void
                 self._finish(request)
                 continue
             request.num_computed_tokens = item.start + item.count
             if item.samples:
-                self._accept(request, item.draft, sampled[begin:end], result)
-                request.times.prefilled = request.times.prefilled or now
-                request.times.last_token = now
-                if request.state is not State.RUNNING:
+                request.times.sampled(now)
+                if draft:
+                    good = self._verify(request, draft, sampled[first_row:row], result)
+                else:
+                    good = self._accept(request, sampled[first_row], result)
+                if not good:
                     continue
-            self._store_full_blocks(request)
+            if request.num_computed_tokens >= (request.num_stored_blocks + 1) * self.block_size:
+                self._store_full_blocks(request)
             if request.prefill_only:
                 result.progressed.append(request)
                 if item.samples:
@@ -333,32 +337,38 @@ class Scheduler:
                 self._finish(request)
         return result
 
-    def _accept(
+    def _accept(self, request: Request, choice: Sampled, result: StepResult) -> bool:
+        """Its next token; False when that is not a number and the request has failed."""
+        token, logprobs = choice
+        if token == NOT_A_NUMBER:
+            self._finish(request)  # its last blocks are not stored: nobody else shall find a NaN in them
+            result.failed.append(request)
+            return False
+        index = len(request.token_ids) - request.num_prompt_tokens
+        request.append(token, self.eos_token_ids)
+        result.tokens.append(NewToken(request, index, token, logprobs))
+        return True
+
+    def _verify(
         self, request: Request, draft: Sequence[int], chosen: Sequence[Sampled], result: StepResult
-    ) -> None:
+    ) -> bool:
         """Take what was sampled, up to the first place where the draft had guessed another token.
 
         What is sampled behind a wrong guess hangs on it and is void. Up to there every token was sampled from the
         logits that it would have had without the draft, so speculation changes no token.
         """
         accepted = 0
-        for place, choice in enumerate(chosen):
-            if choice.token == NOT_A_NUMBER:
-                self._finish(request)  # its last blocks are not stored: nobody else shall find a NaN in them
-                result.failed.append(request)
-                return
-            index = len(request.token_ids) - request.num_prompt_tokens
-            request.append(choice.token, self.eos_token_ids)
-            result.tokens.append(NewToken(request, index, choice.token, choice.logprobs))
-            if request.finish_reason is not None or place == len(draft) or choice.token != draft[place]:
+        for guess, choice in zip((*draft, None), chosen, strict=True):
+            if not self._accept(request, choice, result):
+                return False
+            if request.finish_reason is not None or choice.token != guess:
                 break
             accepted += 1
         request.num_computed_tokens += accepted
-        self._hash(request)
-        if draft:
-            self.drafted_tokens += len(draft)
-            self.accepted_tokens += accepted
-            result.verified.append(Verified(request, len(draft), accepted))
+        self.drafted_tokens += len(draft)
+        self.accepted_tokens += accepted
+        result.verified.append(Verified(request, len(draft), accepted))
+        return True
 
     def abandon(self, plan: Plan) -> None:
         """The plan has not run, nor has one behind it: its requests are as they were before it, but for their blocks."""
@@ -492,16 +502,16 @@ class Scheduler:
         request.num_computed_tokens = 0
         request.preemptions += 1
         self.preemptions += 1
+        self._hash(request)
         self._enqueue(request)
 
     def _store_full_blocks(self, request: Request) -> None:
+        self._hash(request)
         full = min(request.num_computed_tokens // self.block_size, len(request.block_hashes))
-        if full <= request.num_stored_blocks:
-            return
         for index in range(request.num_stored_blocks, full):
             parent = request.block_hashes[index - 1] if index else self.hash_root
             self.pool.store(request.block_table[index], request.block_hashes[index], parent)
-        request.num_stored_blocks = full
+        request.num_stored_blocks = max(full, request.num_stored_blocks)
 
     def _finish(self, request: Request) -> None:
         """The one way out: leaves every list at once, and gives every block back when no step writes into it."""

@@ -47,7 +47,11 @@ def make_engine(
     memory: Memory, *, late: bool, budget: int, seqs: int, monkeypatch: pytest.MonkeyPatch
 ) -> Engine:
     runner = Late(memory) if late else memory
-    backend = SimpleNamespace(layout=LAYOUT, runner=lambda num_blocks, share_kv: runner)
+    backend = SimpleNamespace(
+        layout=LAYOUT,
+        num_blocks=lambda: len(memory.cells),
+        runner=lambda num_blocks, share_kv: runner,
+    )
     monkeypatch.setattr("workers.engine.engine.open_backend", lambda *given: backend)
     model = SimpleNamespace(max_model_len=32, vocab_size=100, eos_token_ids=(EOS,))
     config = EngineConfig(
