@@ -12,7 +12,8 @@ from workers.protocol.messages import Compression, Road, Role
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Kernels = Literal["auto", "torch", "portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_soft"]
 KvCacheDtype = Literal["auto", "int8", "fp8"]
-Quantization = Literal["auto", "none", "stored", "int8", "int4"]
+Graphs = Literal["auto", "none", "decode", "all"]
+Quantization = Literal["auto", "none", "stored", "int8", "int4", "fp8"]
 
 
 class Section(BaseModel):
@@ -55,7 +56,7 @@ class EngineConfig(Section):
     quantization: Quantization = Field(
         "auto",
         description="of the weights; auto: as GPTQ, AWQ and the like store them, floats else (GGUF too); stored: "
-        "as the checkpoint has them, GGUF too",
+        "as the checkpoint has them, GGUF too; fp8 needs a GPU",
     )
     kv_cache_dtype: KvCacheDtype = Field(
         "auto",
@@ -70,10 +71,24 @@ class EngineConfig(Section):
         "auto", description="on a CPU: auto is the best native variant, or torch where none can be built"
     )
     block_size: int = Field(16, ge=1, le=256, description="tokens in a KV block")
-    kv_cache_memory: ByteSize = Field(
-        ByteSize(512 * 1024**2), gt=0, description="bytes for KV blocks, e.g. 2GiB; ignored with num_blocks"
+    kv_cache_memory: ByteSize | None = Field(
+        None,
+        gt=0,
+        description="bytes for KV blocks, e.g. 2GiB; ignored with num_blocks; null: 512MiB on a CPU, on a GPU what "
+        "gpu_memory_utilization leaves",
     )
     num_blocks: int | None = Field(None, ge=1, description="KV blocks, instead of kv_cache_memory")
+    gpu_memory_utilization: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="share of a GPU's memory that a worker may have, weights and all; measured at its start",
+    )
+    graphs: Graphs = Field(
+        "auto",
+        description="steps that are launched whole, as CUDA graphs: decode, all (small steps that read prompts too) or "
+        "none; auto: all where Triton's kernels compute",
+    )
     max_model_len: int | None = Field(
         None, ge=1, description="tokens of prompt + output; null: the model's own"
     )
@@ -216,6 +231,19 @@ class ExpertRankConfig(Section):
         return self
 
 
+class TensorRankConfig(Section):
+    """This process's place among those that compute every step of a worker together."""
+
+    rank: int = Field(ge=0, description="0: the worker itself; the others follow it")
+    size: int = Field(ge=2)
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if self.rank >= self.size:
+            raise ValueError(f"rank is {self.rank}, there are ranks 0 to {self.size - 1}")
+        return self
+
+
 class WorkerConfig(Section):
     """Everything one worker process needs."""
 
@@ -237,6 +265,14 @@ class WorkerConfig(Section):
     transfer: TransferConfig = TransferConfig()
     experts: ExpertsConfig = ExpertsConfig()
     expert_rank: ExpertRankConfig | None = Field(None, description="null: all experts are in this worker")
+
+    tensor_rank: TensorRankConfig | None = Field(None, description="null: this process has the whole model")
+
+    @model_validator(mode="after")
+    def _one_kind_of_ranks(self) -> Self:
+        if self.expert_rank is not None and self.tensor_rank is not None:
+            raise ValueError("expert_rank and tensor_rank are both set: a worker has ranks of one kind")
+        return self
 
     @model_validator(mode="after")
     def _ranks_find_each_other(self) -> Self:

@@ -12,24 +12,19 @@ from workers.config import EngineConfig
 from workers.device_memory import DevicePages
 from workers.engine.pending import Pending
 from workers.engine.plan import Sampled
-from workers.engine.runner import TorchRunner
 from workers.engine.step_input import StepInput
-from workers.experts.exchange import Shape
-from workers.experts.group import ExpertModel
 from workers.experts.plane import ExpertPlane
-from workers.experts.torch_experts import TorchExperts
 from workers.models.catalog import PreparedModel
-from workers.models.checkpoint import read_json
 from workers.models.errors import NotHere
 from workers.models.fallback_spec import FallbackSpec, read_spec
-from workers.models.kv_cache import wire_of
-from workers.models.moe import MakeExperts, local_experts
 from workers.models.spec import DecoderSpec
 from workers.parallel.collectives import ALONE, Parallel
 from workers.protocol.messages import KvLayout
 from workers.shared_memory import SharedPages
 
 logger = logging.getLogger(__name__)
+
+_CPU_KV_BYTES = 512 * 2**20  # where nothing is configured
 
 
 LayersDone = Callable[[], int]  # layers whose keys and values of a step are in the cache
@@ -43,7 +38,7 @@ class Runner(Protocol):
 
     @property
     def kernels(self) -> str:
-        """What computes: "torch", "transformers", or the variant of the native library."""
+        """What computes: "torch", "triton", "transformers", or the variant of the native library."""
 
     @property
     def weights(self) -> str:
@@ -80,6 +75,12 @@ class Backend(Protocol):
     @property
     def layout(self) -> KvLayout: ...
 
+    def num_blocks(self) -> int:
+        """Of its KV cache: as configured, or as many as there is memory for. Called before `runner`.
+
+        Raises ValueError, with the sizes, where that is none.
+        """
+
     def runner(self, num_blocks: int, share_kv: bool = False) -> Runner:
         """Called once. `share_kv`: keep the KV cache in memory that other processes can map or open."""
 
@@ -97,93 +98,48 @@ def open_backend(
     Raises ModelError, and ValueError for a setting that cannot be had here.
     """
     from workers.engine.native_runner import NativeBackend
+    from workers.gpu.decoder_backend import only_native, open_decoder
 
     device = choose_device(config.device)
     spec = read_spec(model.path)
     if isinstance(spec, FallbackSpec):
-        from workers.engine.fallback_runner import FallbackBackend
+        from workers.gpu.fallback_backend import open_fallback
 
         if not parallel.shard.whole:
             raise ValueError(
                 f"tensor_parallel is {parallel.shard.size}: {spec.architecture} runs through transformers, whole"
             )
-        return FallbackBackend(config, model, spec, device, experts)
+        return open_fallback(config, model, spec, device, experts)
     if not parallel.shard.whole and config.kernels not in ("auto", "torch"):
         raise ValueError(
             f"engine.kernels is {config.kernels}, tensor_parallel is {parallel.shard.size}: its ranks run on torch; "
             "use auto"
         )
     if device.type != "cpu" or config.kernels == "torch" or not parallel.shard.whole:
-        return TorchBackend(config, model, device, experts, parallel)
+        return open_decoder(config, model, device, experts, parallel)
     try:
         return NativeBackend(config, model, experts)
     except NotHere as error:
         if config.kernels != "auto":
             raise ValueError(f"engine.kernels is {config.kernels}: {error}") from error
-        if setting := _only_native(config):
+        if setting := only_native(config):
             raise ValueError(f"{setting} needs the native CPU kernels: {error}") from error
         logger.warning(
             "native CPU kernels are not used, torch takes their place, several times slower: %s", error
         )
-        return TorchBackend(config, model, device, experts)
+        return open_decoder(config, model, device, experts)
 
 
-class TorchBackend:
-    """Eager torch on any device: the oracle, the GPU path, and what is left on a CPU without a compiler."""
-
-    def __init__(
-        self,
-        config: EngineConfig,
-        model: PreparedModel,
-        device: torch.device,
-        experts: ExpertPlane | None = None,
-        parallel: Parallel = ALONE,
-    ) -> None:
-        from workers.engine.sampler import Sampler
-        from workers.models.decoder import load_decoder
-
-        if setting := _only_native(config):
-            raise ValueError(f"{setting} needs the native CPU kernels, this engine runs on torch; use auto")
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
-        dtype = choose_dtype(config.dtype)
-        make = local_experts if experts is None else _spread(experts, config, model, dtype, device)
-        wire = wire_of(config.kv_cache_dtype)
-        self._decoder = load_decoder(
-            model.path, dtype, device, model.max_model_len, make, kv_wire=wire, parallel=parallel
+def configured_blocks(config: EngineConfig, layout: KvLayout) -> int:
+    """Raises ValueError where there is no memory for one."""
+    if config.num_blocks:
+        return config.num_blocks
+    num_bytes = int(config.kv_cache_memory or _CPU_KV_BYTES)
+    if num_bytes < layout.block_bytes:
+        raise ValueError(
+            f"engine.kv_cache_memory is {num_bytes} bytes, one KV block of this model has {layout.block_bytes}"
         )
-        self._sampler = Sampler(frozenset(model.eos_token_ids))
-        stored = wire or _name(dtype)
-        self.layout = kv_layout(self._decoder.spec, config.block_size, stored, model.fingerprint)
-
-    def runner(self, num_blocks: int, share_kv: bool = False) -> Runner:
-        return TorchRunner(self._decoder, self._sampler, self.layout, num_blocks, share_kv)
-
-
-def _spread(
-    plane: ExpertPlane, config: EngineConfig, model: PreparedModel, dtype: torch.dtype, device: torch.device
-) -> MakeExperts:
-    """Experts that the plane's group places. Raises ValueError."""
-    spec = DecoderSpec.from_config(read_json(model.path / "config.json"))
-    slots = plane.slots(spec.moe)
-    assert spec.moe is not None
-    experts = TorchExperts(spec.moe, spec.hidden_size, dtype, device, slots)
-    name, most = _name(dtype), config.max_num_batched_tokens
-    shape = Shape(spec.hidden_size, name, name, most, spec.moe.top_k)
-    held = ExpertModel(sum(spec.moe.layers), spec.moe.num_experts, shape)
-    experts.ranks = plane.equip(held, slots, experts, device)
-    return experts.make
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _only_native(config: EngineConfig) -> str | None:
-    """The setting that torch cannot heed, if there is one."""
-    if config.quantization in ("int8", "int4"):
-        return f"engine.quantization {config.quantization}"
-    return None
+    return num_bytes // layout.block_bytes
 
 
 def kv_layout(spec: DecoderSpec, block_size: int, dtype: str, fingerprint: str) -> KvLayout:

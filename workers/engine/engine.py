@@ -89,22 +89,17 @@ class Engine:
                 f"engine.max_model_len is {config.max_model_len}, but the model goes up to {model.max_model_len}"
             )
         backend = open_backend(config, model, experts, ALONE if team is None else team.group)
+        self.num_blocks = backend.num_blocks()
         if team is not None:
             backend = team.lead(backend)
         self._experts = experts
         self.layout = backend.layout
-        self.num_blocks = config.num_blocks or int(config.kv_cache_memory) // self.layout.block_bytes
-        if self.num_blocks == 0:
-            raise ValueError(
-                f"engine.kv_cache_memory is {int(config.kv_cache_memory)} bytes, one KV block of this model has "
-                f"{self.layout.block_bytes}"
-            )
         wanted, held = config.max_model_len or model.max_model_len, self.num_blocks * config.block_size
         self.max_model_len = min(wanted, held)
         if held < wanted:
             logger.warning(
                 "the KV cache holds %d tokens, less than the context of %d: longer requests are refused; "
-                "raise engine.kv_cache_memory",
+                "raise engine.kv_cache_memory, on a GPU engine.gpu_memory_utilization",
                 held,
                 wanted,
             )

@@ -8,11 +8,15 @@ chunks lose, positions that it counts itself, scores that it changes on the way 
 from __future__ import annotations
 
 from array import array
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from workers.engine.runner import StepTensors
+from kernels.attention_step import AttentionStep
+from kernels.cpu.decoder import StepArrays
 from workers.engine.step_input import StepBuilder
 from workers.models.errors import ModelError
 from workers.models.fallback import FallbackModel
@@ -76,9 +80,23 @@ def _in_chunks(model: FallbackModel, sequences: Tensor) -> list[Tensor]:
             counts.append(end - begin)
             if piece:
                 builder.add(sequence[begin:end], begin, table, end - begin)
-        inputs = StepTensors.of(builder.arrays(), _BLOCK_SIZE, model.device)
-        found = model.forward(inputs.token_ids, inputs.positions, kv_cache, inputs.attention, inputs.rows)
+        found = _forward(model, builder.arrays(), kv_cache)
         logits = model.logits(found)
         for part, rows in zip(parts, torch.split(logits, counts), strict=True):
             part.append(rows)
     return [torch.cat(part) for part in parts]
+
+
+def _forward(model: FallbackModel, arrays: StepArrays, kv_cache: Tensor) -> Tensor:
+    def put(values: NDArray[Any]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=model.device)
+
+    ends = [*arrays.block_start[1:], len(arrays.blocks)]
+    tables = [torch.tensor(arrays.blocks[a:b]) for a, b in zip(arrays.block_start, ends, strict=True)]
+    step = AttentionStep.of(
+        arrays.query_start.tolist(),
+        arrays.lengths.tolist(),
+        pad_sequence(tables, True).to(model.device),
+        put(arrays.slots),
+    )
+    return model.forward(put(arrays.token_ids), put(arrays.positions), kv_cache, step, put(arrays.rows))

@@ -16,7 +16,7 @@ from kernels.cpu.library import Library, load
 from kernels.cpu.packed import PackedModel
 from kernels.cpu.structures import Format, KvCache, KvType
 from workers.config import EngineConfig
-from workers.engine.backend import kv_layout
+from workers.engine.backend import configured_blocks, kv_layout
 from workers.engine.native_sampler import NativeSampler
 from workers.engine.pending import Ready
 from workers.engine.plan import Sampled
@@ -86,6 +86,9 @@ class NativeBackend:
         self._eos_token_ids = frozenset(model.eos_token_ids)
         kv_dtype = "int8" if config.kv_cache_dtype == "int8" else dtype
         self.layout = kv_layout(spec, config.block_size, kv_dtype, packed.fingerprint)
+
+    def num_blocks(self) -> int:
+        return configured_blocks(self._config, self.layout)
 
     def runner(self, num_blocks: int, share_kv: bool = False) -> NativeRunner:
         sampler = NativeSampler(self._library, self._spec.vocab_size, self._eos_token_ids)

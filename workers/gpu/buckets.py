@@ -64,6 +64,12 @@ class Buckets:
         self._decode_tokens = [shape.tokens for shape in decode]
         self._mixed_tokens = [shape.tokens for shape in mixed]
 
+    @classmethod
+    def of(cls, shapes: Sequence[Shape]) -> Buckets:
+        ascending = sorted(shapes, key=lambda shape: shape.tokens)
+        decode = [shape for shape in ascending if shape.max_queries == 1]
+        return cls(decode, [shape for shape in ascending if shape.max_queries > 1])
+
     @property
     def all(self) -> list[Shape]:
         """The largest first: what a capture allocates and gives back serves the ones after it."""

@@ -69,6 +69,19 @@ class StagedStep:
         return AttentionStep(self.query_start, self.lengths, tables, self.slots, self.max_queries, max_length)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Outputs:
+    """What steps leave on the device."""
+
+    tokens: Tensor  # int64 [most samples of a step]: what the last step has sampled
+    logits: Tensor  # float32 [most rows of a captured step, vocab]: of the last captured step
+
+    @classmethod
+    def of(cls, device: torch.device, max_samples: int, captured_rows: int, vocab_size: int) -> Outputs:
+        tokens = torch.zeros(max_samples, dtype=torch.int64, device=device)
+        return cls(tokens, torch.zeros((captured_rows, vocab_size), device=device))
+
+
 class StepBuffers:
     def __init__(self, device: Device, most: Shape, table_width: int, block_size: int) -> None:
         """`most`: the largest step. `table_width`: blocks of the longest context."""

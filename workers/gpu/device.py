@@ -24,7 +24,8 @@ class Device(Protocol):
         """What this thread asks of torch within goes to the model's queue."""
 
     def pinned(self, num_bytes: int) -> Tensor:
-        """uint8 [num_bytes] on the host, from and to which copies do not hold the host up."""
+        """uint8 [num_bytes] on the host, from and to which copies do not hold the host up. Torch keeps what is given back
+        for the next ones, and until the copies are done."""
 
     def mark(self) -> Mark:
         """Behind all that was queued so far."""
@@ -51,7 +52,7 @@ class CudaDevice:
         return torch.cuda.stream(self.stream)
 
     def pinned(self, num_bytes: int) -> Tensor:
-        return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def mark(self) -> Mark:
         return _CudaMark(self.stream)
@@ -75,7 +76,7 @@ class HostDevice:
         return contextlib.nullcontext()
 
     def pinned(self, num_bytes: int) -> Tensor:
-        return torch.zeros(num_bytes, dtype=torch.uint8)
+        return torch.empty(num_bytes, dtype=torch.uint8)
 
     def mark(self) -> Mark:
         return _Passed()

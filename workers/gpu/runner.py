@@ -25,7 +25,7 @@ from workers.engine.pending import Pending, Ready
 from workers.engine.plan import Sampled
 from workers.engine.step_input import StepInput
 from workers.gpu.buckets import Buckets, Shape
-from workers.gpu.buffers import StagedStep, StepBuffers
+from workers.gpu.buffers import Outputs, StagedStep, StepBuffers
 from workers.gpu.device import Device, Mark
 from workers.gpu.graphs import Body, Captured, Graphs, capture_all
 from workers.gpu.sampler import DeviceSampler, Results, choose_best
@@ -57,40 +57,38 @@ class DeviceRunner:
         kv_cache: Tensor,
         sampler: DeviceSampler,
         buffers: StepBuffers,
+        outputs: Outputs,
         device: Device,
         *,
         kernels: str,
         weights: str,
-        vocab_size: int,
         max_model_len: int,
-        max_tokens: int,
         shared: SharedPages | DevicePages | None = None,
         overlaps: bool = False,
         parallel: Parallel = ALONE,
         place_inputs: PlaceInputs = reference_step_inputs.place_inputs,
     ) -> None:
-        """`kernels`, `weights`: their names. `max_tokens`: of a step, and so of its samples. `parallel`: of the ranks that
-        compute the model together rank 0 alone samples, the others' steps come without samples."""
+        """`kernels`, `weights`: their names. `parallel`: of the ranks that compute the model together rank 0 alone samples, the others' steps come without samples."""
         self.device, self.kv_cache, self.shared = device.device, kv_cache, shared
         self.kernels, self.weights, self.overlaps = kernels, weights, overlaps
         self.captured = Captured.nothing()
         self._model, self._sampler, self._buffers, self._queue = model, sampler, buffers, device
-        self._vocab_size, self._max_model_len = vocab_size, max_model_len
+        self._max_model_len = max_model_len
         self._place_inputs, self._parallel = place_inputs, parallel
         self._buckets = Buckets([], [])
-        self._logits = torch.empty((0, vocab_size), device=self.device)  # of captured steps
-        self._tokens = torch.zeros(max_tokens, dtype=torch.int64, device=self.device)  # sampled last
-        self._most_tokens = max_tokens  # of a step that is run whole
+        self._logits, self._tokens = outputs.logits, outputs.tokens
+        self._most_tokens = len(outputs.tokens)  # of a step that is run whole
 
     @torch.inference_mode()
-    def capture(self, graphs: Graphs, buckets: Buckets) -> None:
-        """Steps of these shapes run in graphs from here on. Before the first step."""
-        shapes = buckets.all
-        rows = max((shape.rows for shape in shapes), default=0)
-        self._logits = torch.zeros((rows, self._vocab_size), device=self.device)
+    def capture(self, graphs: Graphs, buckets: Buckets) -> Captured:
+        """Steps of these shapes, and no others, run in graphs from here on. While no step runs."""
         with self._queue.use():
-            self.captured = capture_all(graphs, shapes, self._body)
+            self.captured = capture_all(graphs, buckets.all, self._body)
         self._buckets = buckets
+        return self.captured
+
+    def forget_graphs(self) -> None:
+        self.captured, self._buckets = Captured.nothing(), Buckets([], [])
 
     def watch_next(self) -> None:
         return None

@@ -30,11 +30,8 @@ def choose_best(logits: Tensor, tokens: Tensor) -> None:
 
 
 class DeviceSampler:
-    def __init__(self, device: Device, draw: Draw, eos_token_ids: frozenset[int], max_rows: int) -> None:
+    def __init__(self, device: Device, draw: Draw, eos_token_ids: frozenset[int]) -> None:
         self._device, self._draw, self._eos_token_ids = device, draw, eos_token_ids
-        # Two: a step may be queued while the one before it is read.
-        self._host = [device.pinned(max_rows * 8).view(torch.int64) for _ in range(2)]
-        self._turn = 0
 
     def __call__(self, logits: Tensor, tokens: Tensor, inputs: Sequence[SampleInput]) -> Results:
         """Queue the choice of R tokens. logits float32 [R, vocab], changed in place where bias or penalties apply.
@@ -47,9 +44,7 @@ class DeviceSampler:
             if any(memo.adjusts for memo in memos):
                 adjust(logits, inputs, memos, self._device)
             self._draw(logits, tokens, inputs, memos)
-        turn = self._turn = 1 - self._turn
-        host = self._host[turn][: len(inputs)]
-        host.copy_(tokens, non_blocking=True)
+        host = _to_host(tokens, self._device)
         if logprobs is None:
             return lambda: [Sampled(token, None) for token in host.tolist()]
         logprobs.finish(tokens)
@@ -81,8 +76,8 @@ class _Logprobs:
         most = min(max(count for count in self._counts if count is not None), self._raw.shape[1])
         values, ids = self._raw.topk(most, dim=-1)
         values = torch.cat((self._raw.gather(1, chosen), values), 1)
-        self._values = self._to_host(values)
-        self._ids = self._to_host(ids)
+        self._values = _to_host(values, self._device)
+        self._ids = _to_host(ids, self._device)
         del self._raw
 
     def beside(self, tokens: list[int]) -> list[Sampled]:
@@ -92,9 +87,10 @@ class _Logprobs:
             for token, count in zip(tokens, self._counts, strict=True)
         ]
 
-    def _to_host(self, values: Tensor) -> Tensor:
-        host = self._device.pinned(values.nbytes)[: values.nbytes].view(values.dtype).view(values.shape)
-        return host.copy_(values, non_blocking=True)
+
+def _to_host(values: Tensor, device: Device) -> Tensor:
+    host = device.pinned(values.nbytes).view(values.dtype).view(values.shape)
+    return host.copy_(values, non_blocking=True)
 
 
 def _logprobs(token: int, count: int, values: list[float], ids: list[int]) -> TokenLogprobs | None:

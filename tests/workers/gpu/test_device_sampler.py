@@ -22,14 +22,14 @@ DEVICE = HostDevice(torch.device("cpu"))
 VOCAB = 97
 
 
-def sampler(rows: int) -> DeviceSampler:
-    return DeviceSampler(DEVICE, TorchDraw(), EOS, rows)
+def sampler() -> DeviceSampler:
+    return DeviceSampler(DEVICE, TorchDraw(), EOS)
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_tokens_and_logprobs_are_the_oracles(seed: int) -> None:
     rng = random.Random(seed)
-    made = sampler(16)
+    made = sampler()
     for _ in range(2):  # the second step finds the memos of its own requests only
         count = rng.randrange(1, 17)
         logits = random_logits(rng, count, VOCAB, rng.randrange(count) if seed % 3 == 0 else None)
@@ -55,7 +55,7 @@ def request(**settings: object) -> Request:
 
 def test_penalties_follow_a_request_that_grows() -> None:
     """The memo counts on from where it was."""
-    made, growing = sampler(1), request(temperature=0.0, frequency_penalty=1.0)
+    made, growing = sampler(), request(temperature=0.0, frequency_penalty=1.0)
     logits = torch.tensor([[0.0, 2.5, 2.0, 1.0]])
     for position, expected in enumerate([1, 2, 1, 2, 3]):
         tokens = torch.zeros(1, dtype=torch.int64)
@@ -74,13 +74,13 @@ def test_a_bias_does_not_hide_that_a_row_is_no_number() -> None:
         SampleInput(request(temperature=1.0, min_tokens=1, logprobs=1), 0),
         SampleInput(request(temperature=0.0), 0),
     ]
-    spoilt, good = sampler(2)(logits, tokens, inputs)()
+    spoilt, good = sampler()(logits, tokens, inputs)()
     assert (spoilt.token, spoilt.logprobs) == (NOT_A_NUMBER, None)
     assert good.token == 1
 
 
 def test_two_steps_may_be_read_after_both_were_queued() -> None:
-    made, given = sampler(1), [SampleInput(request(temperature=0.0), 0)]
+    made, given = sampler(), [SampleInput(request(temperature=0.0), 0)]
     results = []
     for best in (0, 1):
         tokens = torch.tensor([best])
@@ -93,7 +93,7 @@ def test_plain_greedy_rows_ask_nothing_of_the_device() -> None:
         def __call__(self, *given: object) -> None:
             raise AssertionError("the best token was asked for, and it was there")
 
-    made = DeviceSampler(DEVICE, Never(), EOS, 1)
+    made = DeviceSampler(DEVICE, Never(), EOS)
     [sampled] = made(torch.zeros(1, 5), torch.tensor([4]), [SampleInput(request(temperature=0.0), 0)])()
     assert sampled.token == 4
 

@@ -1,0 +1,3 @@
+from __future__ import annotations
+
+from tests.workers.models.conftest import one_thread as one_thread
