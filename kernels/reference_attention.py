@@ -20,21 +20,10 @@ from torch import Tensor
 
 from kernels.attention_step import AttentionStep
 from kernels.paged_kv import PagedKv
-from kernels.reference_rows import CacheRows, Scratch, rows_of
+from kernels.reference_chunk import Chunk, LayerRows, Scores, capped, softmax, tiles_of
+from kernels.reference_rows import Scratch, rows_of
 
-QUERY_TILE = (
-    128  # query tokens of a prefill tile: enough rows for the matmul, few enough to skip most hidden keys
-)
 SPLIT_GAIN_BLOCKS = 48  # padded blocks that a further decode group must save to be worth its launches
-
-
-@dataclass(frozen=True)
-class _Scores:
-    """How scores are made and what weighs them, in one layer."""
-
-    scale: float
-    sinks: Tensor | None  # [num_kv_heads, group]
-    softcap: float | None
 
 
 class AttentionPlan:
@@ -47,7 +36,7 @@ class AttentionPlan:
         self._query_start, self._lengths = step.query_start.tolist(), step.lengths.tolist()
         self._tables = step.block_tables.long()
         self._rows = rows_of(cache, scratch or Scratch())
-        self._parts: dict[int | None, list[_DecodeGroup | _Chunk]] = {}  # by window
+        self._parts: dict[int | None, list[_DecodeGroup | Chunk]] = {}  # by window
         # Number of (slot, k|v, head) in layer 0; another layer's starts further down by a constant.
         slots, self._written = step.slots, None
         if bool((slots < 0).any()):
@@ -91,8 +80,8 @@ class AttentionPlan:
         parts = self._parts.get(window)
         if parts is None:
             parts = self._parts[window] = self._divide(window, q)
-        rows = _LayerRows(self._rows, self._first_tile(layer))
-        scores = _Scores(scale, None if sinks is None else sinks.view(self.num_kv_heads, -1), softcap)
+        rows = LayerRows(self._rows, self._first_tile(layer))
+        scores = Scores(scale, None if sinks is None else sinks.view(self.num_kv_heads, -1), softcap)
         if len(parts) == 1 and parts[0].covers_all:
             return parts[0].attend(q, rows, scores)
         out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
@@ -115,9 +104,9 @@ class AttentionPlan:
         heads = torch.arange(self.num_kv_heads, device=tables.device)
         return (first + heads[:, None]).view(-1)
 
-    def _divide(self, window: int | None, q: Tensor) -> list[_DecodeGroup | _Chunk]:
+    def _divide(self, window: int | None, q: Tensor) -> list[_DecodeGroup | Chunk]:
         size = self._block_size
-        parts: list[_DecodeGroup | _Chunk] = []
+        parts: list[_DecodeGroup | Chunk] = []
         single: list[_Single] = []
         for s, length in enumerate(self._lengths):
             start, end = self._query_start[s], self._query_start[s + 1]
@@ -132,25 +121,14 @@ class AttentionPlan:
                 continue
             gather = self._gather_rows(self._tables[s : s + 1, first_block:last_block])
             shift = first_block * size
-            tiles = _tiles(
+            tiles = tiles_of(
                 position - shift, end - start, None if window is None else (window, first_key - shift), q
             )
-            parts.append(_Chunk(self, start, end, gather, tiles, q))
+            parts.append(Chunk((self._planes, self.num_kv_heads), start, end, gather, tiles, q))
         if single:
             for group in _by_length(single):
                 parts.append(_DecodeGroup(self, self._tables, group, q))
         return parts
-
-
-@dataclass(frozen=True)
-class _LayerRows:
-    """Keys and values of one layer."""
-
-    rows: CacheRows
-    first: int  # its first tile
-
-    def gather(self, tiles: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.rows.gather(self.first, tiles, dtype)
 
 
 @dataclass(frozen=True)
@@ -208,7 +186,7 @@ class _DecodeGroup:
         mask = torch.zeros(hidden.shape, dtype=q.dtype, device=device).masked_fill_(hidden, -torch.inf)
         self._mask = mask[:, None, None].expand(-1, heads, -1, -1).reshape(-1, 1, self._keys)
 
-    def attend(self, q: Tensor, rows: _LayerRows, how: _Scores) -> Tensor:
+    def attend(self, q: Tensor, rows: LayerRows, how: Scores) -> Tensor:
         """Of queries [S, num_heads, D], one for each sequence of the group."""
         seqs, num_heads, dim = q.shape
         pairs = seqs * self._num_kv_heads
@@ -218,107 +196,13 @@ class _DecodeGroup:
         if how.softcap is None:
             scores = torch.baddbmm(self._mask, grouped, k.transpose(1, 2), alpha=how.scale)
         else:
-            scores = _capped(torch.bmm(grouped, k.transpose(1, 2)), how.scale, how.softcap) + self._mask
+            scores = capped(torch.bmm(grouped, k.transpose(1, 2)), how.scale, how.softcap) + self._mask
         sinks = None if how.sinks is None else how.sinks.expand(seqs, -1, -1).reshape(pairs, -1)
-        return torch.bmm(_softmax(scores, sinks), v).view(seqs, num_heads, dim)
+        return torch.bmm(softmax(scores, sinks), v).view(seqs, num_heads, dim)
 
-    def attend_into(self, out: Tensor, q: Tensor, rows: _LayerRows, how: _Scores) -> None:
+    def attend_into(self, out: Tensor, q: Tensor, rows: LayerRows, how: Scores) -> None:
         own = self.attend(q.index_select(0, self._rows), rows, how)
         out.index_copy_(0, self._rows, own)
-
-
-def _capped(products: Tensor, scale: float, softcap: float) -> Tensor:
-    """softcap * tanh(products * scale / softcap), in place."""
-    return products.mul_(scale / softcap).tanh_().mul_(softcap)
-
-
-def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Over the last dimension of [..., keys]; with `sinks` [...] as one more key, whose share is then left out."""
-    if sinks is None:
-        return scores.softmax(-1)
-    return torch.cat((scores, sinks.unsqueeze(-1)), -1).softmax(-1)[..., :-1]
-
-
-@dataclass(frozen=True)
-class _Tile:
-    """Query tokens [start, end) of a chunk, the keys [first, last) they can see, and what is hidden among these."""
-
-    start: int
-    end: int
-    first: int
-    last: int
-    causal: Tensor | None  # [n, 1, n], added to the last n keys
-    expired: Tensor | None  # [n, 1, n], added to the first n keys: out of the window
-
-
-def _tiles(position: int, count: int, window: tuple[int, int] | None, q: Tensor) -> list[_Tile]:
-    """`position` of the first query and the window's (size, first key) are counted from the first gathered key."""
-    triangle = torch.full((QUERY_TILE, QUERY_TILE), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
-    tiles = []
-    for start in range(0, count, QUERY_TILE):
-        n = min(QUERY_TILE, count - start)
-        last = position + start + n
-        causal = triangle[:n, None, :n] if n > 1 else None
-        if window is None:
-            tiles.append(_Tile(start, start + n, 0, last, causal, None))
-            continue
-        size, floor = window
-        first = max(floor, position + start - size + 1)
-        # Query r of the tile sees keys from position + start + r - size + 1 on.
-        row, key = torch.arange(n, device=q.device)[:, None], torch.arange(n, device=q.device)
-        hidden = key < position + start + row - size + 1 - first
-        expired = None
-        if bool(hidden.any()):
-            expired = torch.zeros((n, n), dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)[
-                :, None
-            ]
-        tiles.append(_Tile(start, start + n, first, last, causal, expired))
-    return tiles
-
-
-class _Chunk:
-    """One sequence with several query tokens."""
-
-    covers_all = False
-
-    def __init__(
-        self, plan: AttentionPlan, start: int, end: int, gather: Tensor, tiles: list[_Tile], q: Tensor
-    ) -> None:
-        self._start, self._end, self._gather, self._tiles = start, end, gather, tiles
-        self._planes, self._num_kv_heads = plan._planes, plan.num_kv_heads
-        self._no_bias = torch.zeros((1, 1, 1), dtype=q.dtype, device=q.device)
-
-    def attend(self, q: Tensor, rows: _LayerRows, how: _Scores) -> Tensor:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        self.attend_into(out, q, rows, how)
-        return out
-
-    def attend_into(self, out: Tensor, q: Tensor, rows: _LayerRows, how: _Scores) -> None:
-        heads, (_, num_heads, dim) = self._num_kv_heads, q.shape
-        group = num_heads // heads
-        planes = rows.gather(self._gather, q.dtype).view(self._planes, heads, -1, dim)
-        k, v = planes[0], planes[-1]
-        # [heads, tokens * group, D]: the rows of one tile stay together under every KV head
-        queries = q[self._start : self._end].reshape(-1, heads, group * dim).transpose(0, 1)
-        queries = queries.reshape(heads, -1, dim)
-        for tile in self._tiles:
-            n = tile.end - tile.start
-            of_tile = queries[:, tile.start * group : tile.end * group]
-            keys = k[:, tile.first : tile.last].transpose(1, 2)
-            if how.softcap is None:
-                scores = torch.baddbmm(self._no_bias, of_tile, keys, beta=0, alpha=how.scale)
-            else:
-                scores = _capped(torch.bmm(of_tile, keys), how.scale, how.softcap)
-            by_token = scores.view(heads, n, group, -1)
-            if tile.causal is not None:
-                by_token[..., -n:] += tile.causal
-            if tile.expired is not None:
-                by_token[..., :n] += tile.expired
-            # As the rows: tokens, then a token's heads.
-            sinks = None if how.sinks is None else how.sinks.repeat(1, n)
-            seen = torch.bmm(_softmax(scores, sinks), v[:, tile.first : tile.last])
-            target = out[self._start + tile.start : self._start + tile.end].view(n, heads, group * dim)
-            target.copy_(seen.view(heads, n, group * dim).transpose(0, 1))
 
 
 def paged_attention(

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import reference_attention
+from kernels import reference_attention, reference_chunk
 from kernels.attention_step import AttentionStep
 from kernels.paged_kv import PagedKv
 from kernels.reference import AttentionPlan, Scratch, paged_attention
@@ -166,7 +166,7 @@ def test_one_plane_whose_rows_are_keys_and_values(seqs: list[tuple[int, int]]) -
 @pytest.mark.parametrize("window", [None, 5, 40, 200])
 @pytest.mark.parametrize("seqs", [[(300, 300)], [(333, 290), (140, 1)], [(129, 129)]], ids=str)
 def test_chunks_of_several_tiles(seqs: list[tuple[int, int]], window: int | None) -> None:
-    assert max(queries for _, queries in seqs) > reference_attention.QUERY_TILE
+    assert max(queries for _, queries in seqs) > reference_chunk.QUERY_TILE
     torch.manual_seed(3)
     check(make(seqs, Shape(), torch.float32, layer=1), torch.float32, 1, window)
 
@@ -184,7 +184,7 @@ def test_chunks_of_several_tiles(seqs: list[tuple[int, int]], window: int | None
 )
 def test_any_batch(seqs: list[tuple[int, int]], window: int | None, block_size: int, tile: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference_attention, "QUERY_TILE", tile)
+        patch.setattr(reference_chunk, "QUERY_TILE", tile)
         check(make(seqs, Shape(block_size=block_size), torch.float32, layer=1), torch.float32, 1, window)
 
 
