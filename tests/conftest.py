@@ -5,6 +5,11 @@ from collections.abc import Iterator
 import pytest
 
 from tests.valkey_server import EmbeddedValkey, Servers
+from workers.environment import limit_libraries
+
+limit_libraries(
+    None
+)  # on cores that others use too, threads of torch that spin make a test take four times as long
 
 
 @pytest.fixture(scope="session")

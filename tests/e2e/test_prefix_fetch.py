@@ -27,7 +27,9 @@ async def test_what_was_said_is_fetched_by_the_prefill_worker_of_the_next_turn(t
         second = await cluster.ask("second", turn, **SHORT)
         await cluster.assert_at_rest()
         status = await cluster.status()
-    alone = Engine(EngineConfig(dtype="float32", num_blocks=64), prepare_model(str(tiny_model)))
+    alone = Engine(
+        EngineConfig(dtype="float32", num_blocks=64, num_threads=1), prepare_model(str(tiny_model))
+    )
     assert second.tokens == alone.generate([turn], Sampling(seed=0, **SHORT))[0].tokens
     fetched = status["decode-0"].load.peers["prefill-0"]
     assert fetched.sent_bytes > 0
@@ -47,7 +49,9 @@ async def test_a_decode_worker_fetches_from_another_that_is_excluded_or_busy(tin
         others = await asyncio.gather(*(cluster.ask(f"o{i}", [*shared, i], **SHORT) for i in range(3, 7)))
         await cluster.assert_at_rest()
         status = await cluster.status()
-    alone = Engine(EngineConfig(dtype="float32", num_blocks=64), prepare_model(str(tiny_model)))
+    alone = Engine(
+        EngineConfig(dtype="float32", num_blocks=64, num_threads=1), prepare_model(str(tiny_model))
+    )
     for answer, prompt in zip((first, *others), (shared, *([*shared, i] for i in range(3, 7))), strict=True):
         assert answer.tokens == alone.generate([prompt], Sampling(seed=0, **SHORT))[0].tokens
     computed = sum(reply.load.prompt_tokens for reply in status.values())

@@ -23,7 +23,7 @@ REQUESTS = 1000
 
 def reference(model: Path, prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
     torch.set_num_threads(1)
-    engine = Engine(EngineConfig(dtype="float32", num_blocks=2048), prepare_model(str(model)))
+    engine = Engine(EngineConfig(dtype="float32", num_blocks=2048, num_threads=1), prepare_model(str(model)))
     sampling = [Sampling(max_tokens=n, seed=i, ignore_eos=True) for i, n in enumerate(lengths)]
     return [completion.tokens for completion in engine.generate(prompts, sampling)]
 

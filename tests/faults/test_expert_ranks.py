@@ -35,7 +35,7 @@ def prompts() -> list[list[int]]:
 @pytest.fixture(scope="module")
 def expected(model: Path, prompts: list[list[int]]) -> list[list[int]]:
     torch.set_num_threads(1)
-    config = EngineConfig(dtype="float32", num_blocks=512)
+    config = EngineConfig(dtype="float32", num_blocks=512, num_threads=1)
     engine = Engine(config, prepare_model(str(model)))
     return [answer.tokens for answer in engine.generate(prompts, [sampling(i) for i in range(len(prompts))])]
 

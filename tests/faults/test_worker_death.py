@@ -34,7 +34,7 @@ def prompts() -> list[list[int]]:
 @pytest.fixture(scope="module")
 def expected(model: Path, prompts: list[list[int]]) -> list[list[int]]:
     torch.set_num_threads(1)
-    engine = Engine(EngineConfig(dtype="float32", num_blocks=2048), prepare_model(str(model)))
+    engine = Engine(EngineConfig(dtype="float32", num_blocks=2048, num_threads=1), prepare_model(str(model)))
     sampling = [Sampling(max_tokens=TOKENS, seed=i, ignore_eos=True) for i in range(len(prompts))]
     return [completion.tokens for completion in engine.generate(prompts, sampling)]
 
@@ -117,7 +117,7 @@ async def test_a_death_every_two_seconds(model: Path) -> None:
     rng = random.Random(7)
     prompts = [[rng.randrange(3, 250) for _ in range(rng.randrange(20, 400))] for _ in range(300)]
     torch.set_num_threads(1)
-    engine = Engine(EngineConfig(dtype="float32", num_blocks=4096), prepare_model(str(model)))
+    engine = Engine(EngineConfig(dtype="float32", num_blocks=4096, num_threads=1), prepare_model(str(model)))
     sampling = [Sampling(max_tokens=TOKENS, seed=i, ignore_eos=True) for i in range(len(prompts))]
     expected = [completion.tokens for completion in engine.generate(prompts, sampling)]
     async with LocalCluster(

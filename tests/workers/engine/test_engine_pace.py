@@ -17,7 +17,7 @@ def test_steps_that_read_prompts_and_steps_that_decode_are_measured_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = prepare_model(str(write_random_model(tmp_path, "llama", seed=1)))
-    engine = Engine(EngineConfig(device="cpu", dtype="float32", num_blocks=64), model)
+    engine = Engine(EngineConfig(device="cpu", dtype="float32", num_blocks=64, num_threads=1), model)
     now, overhead_s = [0.0], [0.0]
     run = engine.runner.run
 
