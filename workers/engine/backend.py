@@ -101,6 +101,8 @@ def open_backend(
     from workers.gpu.decoder_backend import only_native, open_decoder
 
     device = choose_device(config.device)
+    if config.quantization == "fp8" and device.type == "cpu":
+        raise ValueError("engine.quantization is fp8, which needs a GPU; on a CPU use int8 or int4")
     spec = read_spec(model.path)
     if isinstance(spec, FallbackSpec):
         from workers.gpu.fallback_backend import open_fallback

@@ -37,13 +37,15 @@ def open_decoder(
     """As workers.engine.backend.open_backend."""
     ops = choose_ops(config, device)
     if (setting := only_native(config)) and ops.name == "torch":
-        raise ValueError(f"{setting} needs a GPU or the native CPU kernels, this engine runs on torch; use auto")
+        raise ValueError(
+            f"{setting} needs a GPU or the native CPU kernels, this engine runs on torch; use auto"
+        )
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     dtype, wire = choose_dtype(config.dtype), wire_of(config.kv_cache_dtype)
     start, scheme = MemoryAtStart.of(device), choose_scheme(config.quantization, model.path)
-    keeps = ops.name == "triton"  # eager torch widens what a checkpoint stores in fewer bits
-    if not keeps:
+    # Eager torch widens what is stored in fewer bits; and whoever asks for float32 asks for exactness.
+    if ops.name == "torch" or (config.quantization == "auto" and dtype == torch.float32):
         scheme = FLOATS
     weights = _name(dtype) if scheme == FLOATS else scheme.name
     make = local_experts if experts is None else _spread(experts, config, model, dtype, device)
@@ -61,7 +63,7 @@ def open_decoder(
             kv_wire=wire,
             parallel=parallel,
             scheme=scheme,
-            keep_quantized=keeps,
+            keep_quantized=scheme != FLOATS,
         )
     fingerprint = weights_fingerprint(model.fingerprint, scheme)
     layout = kv_layout(decoder.spec, config.block_size, wire or _name(dtype), fingerprint)

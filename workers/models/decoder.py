@@ -25,6 +25,7 @@ from workers.models.moe import DenseMlp, LocalExperts, MakeExperts, SparseLayer,
 from workers.models.ops import Attention, Ops, torch_ops
 from workers.models.rope import RopeTable
 from workers.models.sharding import sharded
+from workers.models.scheme import FLOATS, Scheme
 from workers.models.spec import DecoderSpec
 from workers.models.weights import DecoderWeights, LayerWeights, load_weights
 from workers.parallel.collectives import ALONE, Parallel
@@ -42,10 +43,14 @@ def load_decoder(
     ops: Ops | None = None,
     kv_wire: Wire | None = None,
     parallel: Parallel = ALONE,
+    scheme: Scheme = FLOATS,
+    keep_quantized: bool = False,
 ) -> Decoder:
-    """Read a model directory (config.json + safetensors). Raises ModelError."""
+    """Read a model directory (config.json + safetensors). `keep_quantized`: see load_weights. Raises ModelError."""
     spec = DecoderSpec.from_config(read_json(path / "config.json"))
-    weights = load_weights(path, spec, dtype, device, shard=parallel.shard)
+    weights = load_weights(
+        path, spec, dtype, device, scheme, shard=parallel.shard, keep_quantized=keep_quantized
+    )
     return Decoder(spec, weights, max_positions, make_experts, ops, kv_wire, parallel)
 
 

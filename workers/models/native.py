@@ -15,7 +15,7 @@ from kernels.cpu.packed import PackedExpert, PackedLayer, PackedModel, PackedMoe
 from kernels.cpu.structures import Format
 from workers.models.cache import default_cache_dir
 from workers.models.catalog import PreparedModel
-from workers.models.errors import NotHere
+from workers.models.errors import ModelError, NotHere
 from workers.models.layer_weights import GroupedAttention, Mlp, SparseMlp
 from workers.models.matrix_form import Matrix
 from workers.models.moe import routing_of
@@ -54,6 +54,10 @@ def open_packed_model(
     native kernels cannot hold it.
     """
     scheme = choose_scheme(quantization, model.path)
+    if scheme.name == "fp8":
+        raise ModelError(
+            "engine.quantization is fp8, which needs a GPU; native CPU kernels have stored, int8 and int4"
+        )
     fingerprint = weights_fingerprint(model.fingerprint, scheme)
     packed = load_packed(
         default_cache_dir(),

@@ -51,7 +51,9 @@ def choose_scheme(wanted: str, checkpoint: Path) -> Scheme:
         asked_of_gguf = wanted == "stored" and GgufBlocks.are_in(checkpoint)
         stored = config.get("quantization_config") or asked_of_gguf
         return Scheme("stored") if stored else FLOATS
-    return Scheme("int8") if wanted == "int8" else FLOATS
+    if wanted == "int8":
+        return Scheme("int8")
+    return Scheme("fp8") if wanted == "fp8" else FLOATS
 
 
 def _check_groups(spec: DecoderSpec) -> None:

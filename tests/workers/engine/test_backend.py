@@ -79,6 +79,12 @@ def test_what_torch_cannot_do_is_refused_with_the_reason(
         opened(model, kernels="torch", **settings)
 
 
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_float8_is_for_gpus(model: PreparedModel, kernels: str) -> None:
+    with pytest.raises(ValueError, match=r"engine.quantization is fp8, which needs a GPU; on a CPU use int8"):
+        opened(model, kernels=kernels, quantization="fp8")
+
+
 def test_kernels_that_were_named_are_not_replaced(model: PreparedModel, no_compiler: None) -> None:
     with pytest.raises(ValueError, match=r"engine.kernels is portable: no C\+\+ compiler found"):
         opened(model, kernels="portable")
