@@ -3,8 +3,8 @@
 A program has one tile: some query tokens of one sequence under one KV head, the query heads that share it being rows of
 the tile, whatever their number (a group of 7 fills 14 rows of 16 with two tokens). It goes once over the keys that the
 tile sees, with the softmax kept running (Milakov & Gimelshein 2018; Dao et al. 2022). A sequence whose queries fit one
-tile is cut over its context besides, each part by a program of its own, and a second launch adds the parts up
-(Flash-Decoding, Dao et al. 2023). The sequence of a tile is found by bisecting query_start, as in vLLM's unified kernel,
+tile is cut over its context besides, each part by a program of its own, the last of which adds the parts up
+(Flash-Decoding, Dao et al. 2023, without a launch for it). The sequence of a tile is found by bisecting query_start, as in vLLM's unified kernel,
 and how long its parts are by its own context, so that neither list nor length comes from the host: a captured launch
 serves any batch of its size.
 
@@ -141,25 +141,40 @@ def paged_attention(
         )
         sums = torch.empty((seqs, of_tiles, parts, 2, size.rows), dtype=torch.float32, device=q.device)
     stored, scales = cache.pointers
-    where = (out, partial, sums, q if sinks is None else sinks, step.query_start, step.lengths)
-    numbers = (seqs, out.stride(0), window or 0, size.least, parts)
-    kinds = {
-        "HEADS": size.heads, "VALUES": summed, "DIM": padded, "ROWS": size.rows, "KEYS": size.keys,
-        "WINDOWED": window is not None, "SINKS": sinks is not None,
-    }  # fmt: skip
+    arrived = _counters(q.device, seqs * of_tiles) if parts > 1 else step.lengths
+    stored, scales = cache.pointers
     _attend[(seqs if one_each else tokens // per_tile + seqs, of_tiles, parts)](
-        q, stored, scales, step.block_tables, *where, *numbers,
+        q, stored, scales, step.block_tables, out, partial, sums, arrived, q if sinks is None else sinks,
+        step.query_start, step.lengths, seqs, out.stride(0), window or 0, size.least, parts,
         q.stride(0), width, stored.stride(0), stored.stride(3), layer * stored.stride(1), stored.stride(2),
         scale, softcap or 0.0,
-        **kinds, HEAD_DIM=dim, TAIL=0 if summed == dim else max(16, triton.next_power_of_2(dim - summed)),
+        HEADS=size.heads, VALUES=summed, DIM=padded, ROWS=size.rows, KEYS=size.keys,
+        WINDOWED=window is not None, SINKS=sinks is not None, HEAD_DIM=dim,
+        TAIL=0 if summed == dim else max(16, triton.next_power_of_2(dim - summed)),
         TILES=group // size.heads, ONE_PLANE=cache.planes == 1,
         BLOCK_SIZE=cache.block_size, FORMAT=cache.format, OPERAND=operand_type(q.dtype),
         CAPPED=softcap is not None, SPLIT=parts > 1, ONE_EACH=one_each,
         num_warps=size.warps, num_stages=size.stages,
     )  # fmt: skip
-    if parts > 1:
-        _add_parts[(seqs, of_tiles)](*where, *numbers, **kinds)
     return out
+
+
+_held: dict[torch.device, list[Tensor]] = {}
+
+
+def _counters(device: torch.device, number: int) -> Tensor:
+    """Zeros, int32 [number or more], which every launch leaves as it found them: one launch at a time may have them.
+
+    None is ever freed, as captured launches hold its address; so the first is larger than most will need.
+    """
+    held = _held.setdefault(device, [])
+    if not held or len(held[-1]) < number:
+        # Not of an allocation in a graph's memory, which other graphs write over.
+        assert not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()), "run it once before"
+        held.append(
+            torch.zeros(triton.next_power_of_2(max(number, 1 << 16)), dtype=torch.int32, device=device)
+        )
+    return held[-1]
 
 
 @triton.jit
@@ -194,7 +209,7 @@ def _part_of(begin, end, num_parts, least, KEYS: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q, values, scales, tables, out, parts, sums, sinks, query_start, lengths,
+    q, values, scales, tables, out, parts, sums, arrived, sinks, query_start, lengths,
     num_seqs, stride_out, window, least, num_parts,
     stride_q, table_width, stride_block, stride_head, k_begin, stride_plane, scale, softcap,
     HEADS: tl.constexpr, VALUES: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -222,6 +237,7 @@ def _attend(
     if SPLIT:
         one_tile = count <= TOKENS
         its_keys = _part_of(begin, end, num_parts, least, KEYS)
+        used = tl.cdiv(end - begin, its_keys)
         # Queries whose results this program writes itself: all or none.
         direct = tl.where((count > TOKENS) | (end - begin <= its_keys), count, 0)
         begin += tl.where(one_tile, part * its_keys, 0)
@@ -292,59 +308,49 @@ def _attend(
             weights *= v_scale[None, :]
         acc = tl.dot(weights.to(OPERAND), v, acc * shrink[:, None], input_precision="ieee")
 
+    place = (
+        out + (first + token).to(tl.int64)[:, None] * stride_out + head[:, None] * VALUES + column[None, :]
+    )
     done = here
     if SPLIT:
         done = here & (token < direct)[:, None]
     result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    place = out + (first + token).to(tl.int64)[:, None] * stride_out + head[:, None] * VALUES
-    tl.store(place + column[None, :], result.to(out.dtype.element_ty), mask=done)
-    if SPLIT:
-        kept = real & (token >= direct)
-        at = (seq.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * num_parts + part
-        tl.store(parts + (at * ROWS + row)[:, None] * DIM + column[None, :], acc, mask=kept[:, None])
-        tl.store(sums + at * 2 * ROWS + row, most, mask=kept)
-        tl.store(sums + (at * 2 + 1) * ROWS + row, total, mask=kept)
+    tl.store(place, result.to(out.dtype.element_ty), mask=done)
+    if SPLIT and direct == 0:
+        group = seq.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        at = group * num_parts + part
+        tl.store(parts + (at * ROWS + row)[:, None] * DIM + column[None, :], acc)
+        tl.store(sums + at * 2 * ROWS + row, most)
+        tl.store(sums + (at * 2 + 1) * ROWS + row, total)
+        tl.debug_barrier()  # what all threads have stored is released by the one that counts
+        if tl.atomic_add(arrived + group, 1, sem="acq_rel", scope="gpu") == used - 1:
+            tl.store(arrived + group, 0)
+            if SINKS:
+                most = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * LOG2_E
+                total = tl.full((ROWS,), 1.0, tl.float32)
+            else:
+                most = tl.full((ROWS,), float("-inf"), tl.float32)
+                total = tl.zeros((ROWS,), tl.float32)
+            result = _sum_of_parts(parts, sums, group * num_parts, used, most, total, row, column, ROWS, DIM)
+            tl.store(place, result.to(out.dtype.element_ty), mask=here)
 
 
 @triton.jit
-def _add_parts(
-    out, parts, sums, sinks, query_start, lengths,
-    num_seqs, stride_out, window, least, num_parts,
-    HEADS: tl.constexpr, VALUES: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    WINDOWED: tl.constexpr, SINKS: tl.constexpr,
+def _sum_of_parts(
+    parts, sums, at, number, most, total, row, column, ROWS: tl.constexpr, DIM: tl.constexpr
 ):  # fmt: skip
-    TOKENS: tl.constexpr = ROWS // HEADS
-    LOG2_E: tl.constexpr = 1.4426950408889634
-    seq, its_heads = tl.program_id(0), tl.program_id(1)
-    first = tl.load(query_start + seq)
-    count = tl.load(query_start + seq + 1) - first
-    begin, end = _seen(0, count, tl.load(lengths + seq), window, WINDOWED, TOKENS)
-    its_keys = _part_of(begin, end, num_parts, least, KEYS)
-    if (count == 0) | (count > TOKENS) | (end - begin <= its_keys):
-        return
-    row, column = tl.arange(0, ROWS), tl.arange(0, DIM)
-    token, head = row // HEADS, its_heads * HEADS + row % HEADS
-    real = (row < TOKENS * HEADS) & (token < count)
-    most = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    if SINKS:
-        most = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * LOG2_E
-        total = tl.full((ROWS,), 1.0, tl.float32)
+    """In the order of the context, whichever came last. Past the first cache, which may hold what lay there before."""
     acc = tl.zeros((ROWS, DIM), tl.float32)
-    at = (seq.to(tl.int64) * tl.num_programs(1) + its_heads) * num_parts
-    for part in range(0, tl.cdiv(end - begin, its_keys)):
-        its_most = tl.load(sums + (at + part) * 2 * ROWS + row, mask=real, other=float("-inf"))
-        its_total = tl.load(sums + ((at + part) * 2 + 1) * ROWS + row, mask=real, other=0.0)
-        place = parts + ((at + part) * ROWS + row)[:, None] * DIM + column[None, :]
-        its_acc = tl.load(place, mask=real[:, None], other=0.0)
+    for part in range(0, number):
+        its_most = tl.load(sums + (at + part) * 2 * ROWS + row, cache_modifier=".cg")
+        its_total = tl.load(sums + ((at + part) * 2 + 1) * ROWS + row, cache_modifier=".cg")
+        its_acc = tl.load(
+            parts + ((at + part) * ROWS + row)[:, None] * DIM + column[None, :], cache_modifier=".cg"
+        )
         new = tl.maximum(most, its_most)
         finite = tl.where(new == float("-inf"), 0.0, new)
         shrink, its_shrink = tl.exp2(most - finite), tl.exp2(its_most - finite)
         total = total * shrink + its_total * its_shrink
         acc = acc * shrink[:, None] + its_acc * its_shrink[:, None]
         most = new
-    result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    place = (
-        out + (first + token).to(tl.int64)[:, None] * stride_out + head[:, None] * VALUES + column[None, :]
-    )
-    tl.store(place, result.to(out.dtype.element_ty), mask=real[:, None] & (column < VALUES)[None, :])
+    return acc / tl.where(total == 0.0, 1.0, total)[:, None]

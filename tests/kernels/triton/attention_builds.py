@@ -35,7 +35,7 @@ def test_attention(
 ) -> None:
     heads = {"HEADS": 4, "TILES": 1, "VALUES": dim, "HEAD_DIM": dim, "TAIL": 0, "ONE_PLANE": False}
     size = Tiling.choose(4, 8, 16, queries, 4096, dim, 4 if dtype == "fp32" else 2)
-    both(architecture, dtype, format, size, heads, queries == 1, features)
+    check(architecture, dtype, format, size, heads, queries == 1, features)
 
 
 @pytest.mark.parametrize(
@@ -51,10 +51,10 @@ def test_attention_to_latents(architecture: int, num_heads: int, format: int, qu
     """As wide as those of DeepSeek-V2 and V3: rows of 576, whose first 512 are values."""
     size = Tiling.choose(num_heads, 1, 16, queries, 4096, 512, 2)
     heads = {"HEADS": size.heads, "TILES": num_heads // size.heads, "VALUES": 512, "HEAD_DIM": 576}
-    both(architecture, "bf16", format, size, heads | {"TAIL": 64, "ONE_PLANE": True}, queries == 1, ())
+    check(architecture, "bf16", format, size, heads | {"TAIL": 64, "ONE_PLANE": True}, queries == 1, ())
 
 
-def both(
+def check(
     architecture: int,
     dtype: str,
     format: int,
@@ -63,12 +63,12 @@ def both(
     one_each: bool,
     features: tuple[str, ...],
 ) -> None:
-    """The kernel itself and the one that adds up the parts of a context."""
+    """With parts of a context that the last of its programs adds up."""
     values = {0: f"*{dtype}", 1: "*i8", 2: "*u8", 3: "*u8"}[format]
     shared: dict[str, Any] = {"DIM": heads["VALUES"], "ROWS": size.rows, "KEYS": size.keys}
     shared |= {name: heads[name] for name in ("HEADS", "VALUES")}
     shared |= {"WINDOWED": "WINDOWED" in features, "SINKS": "SINKS" in features}
-    where = {"out": f"*{dtype}", "parts": "*fp32", "sums": "*fp32", "sinks": f"*{dtype}"}
+    where = {"out": f"*{dtype}", "parts": "*fp32", "sums": "*fp32", "arrived": "*i32", "sinks": f"*{dtype}"}
     where |= {"query_start": "*i32", "lengths": "*i32"} | dict.fromkeys(INTS, "i32")
     whole = {
         "q": f"*{dtype}",
@@ -84,4 +84,3 @@ def both(
     ptx = build(attention._attend, architecture, whole, constants, **options)
     if dtype != "fp32":  # by the matrix units
         assert "mma" in ptx
-    build(attention._add_parts, architecture, where, shared)

@@ -12,6 +12,7 @@ from kernels import reference_relayout
 from kernels.attention_step import AttentionStep
 from kernels.reference_attention import paged_attention as reference_attention
 from kernels.reference_relayout import Wire
+from kernels.triton import attention
 from kernels.triton.attention import Tiling, paged_attention
 from kernels.triton.paged_kv import PagedKv
 
@@ -237,6 +238,14 @@ def test_sequences_that_only_fill_a_captured_launch_up() -> None:
     got = paged_attention(q, PagedKv.of(case.cache), LAYER, more, 0.3, tiling=SMALL)
     want = dense(case, case.cache, 0.3)
     torch.testing.assert_close(got[: len(case.q)].cpu().double(), want, rtol=2e-5, atol=2e-5)
+
+
+def test_a_launch_leaves_the_counts_of_parts_as_it_found_them() -> None:
+    case = make(DECODE, Shape())
+    for _ in range(2):
+        check(case)
+    assert len(attention._held[case.q.device]) == 1
+    assert not attention._counters(case.q.device, 1).any()
 
 
 def test_queries_may_lie_within_wider_rows() -> None:
