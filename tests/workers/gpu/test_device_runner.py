@@ -20,6 +20,7 @@ from tests.workers.gpu.runners import (
     step_of,
 )
 from tests.workers.gpu.sampling_requests import EOS, random_sampling
+from tests.workers.models.tiny_fallback import write_fallback_model
 from workers.engine.pending import Pending
 from workers.engine.request import Request
 from workers.engine.sampler import SampleInput, Sampler
@@ -27,6 +28,8 @@ from workers.engine.step_input import StepInput
 from workers.gpu.buckets import Buckets, decode_shapes, mixed_shapes
 from workers.gpu.runner import DeviceRunner
 from workers.models.decoder import Decoder, load_decoder
+from workers.models.fallback import load_fallback
+from workers.models.fallback_spec import FallbackSpec, read_spec
 from workers.models.random_model import write_random_model
 from workers.protocol.messages import Sampling, Work
 
@@ -35,10 +38,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 GREEDY = Sampling(max_tokens=20, seed=0, temperature=0.0)
 
 
-@pytest.fixture(scope="module", params=["llama", "mixtral"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
-    path = write_random_model(tmp_path_factory.mktemp("model"), request.param, seed=1)
-    return load_decoder(path, torch.float32, torch.device("cpu"))
+@pytest.fixture(scope="module", params=["llama", "mixtral", "gemma2"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A decoder, or a model of transformers in its place."""
+    path, cpu = tmp_path_factory.mktemp("model"), torch.device("cpu")
+    if request.param == "gemma2":
+        spec = read_spec(write_fallback_model(path, request.param))
+        assert isinstance(spec, FallbackSpec)
+        return load_fallback(path, spec, torch.float32, cpu)
+    return load_decoder(write_random_model(path, request.param, seed=1), torch.float32, cpu)
 
 
 def requests(
