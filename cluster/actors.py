@@ -17,7 +17,7 @@ from workers.protocol.messages import WorkerInfo
 
 logger = logging.getLogger(__name__)
 
-WORKER_CLASS = "workers.worker:Worker"
+WORKER_CLASS = "workers.worker:open_worker"
 
 
 class WorkerLike(Protocol):

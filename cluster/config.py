@@ -98,15 +98,33 @@ class PoolConfig(Section):
         EngineOverrides(), description="engine settings that differ in this pool, e.g. {max_num_seqs: 128}"
     )
     num_gpus: float | None = Field(
-        None, ge=0, description="GPUs of one replica; null: one, or a fair share of those there are, or none"
+        None,
+        ge=0,
+        description="GPUs of one replica; null: one for each rank, or a fair share of those there are, or none",
     )
-    num_cpus: float | None = Field(None, ge=0, description="CPUs Ray books for one replica; null: 1")
+    num_cpus: float | None = Field(
+        None, ge=0, description="CPUs Ray books for one replica; null: 1 for each rank"
+    )
+    tensor_parallel: Literal[1, 2, 4, 8] = Field(
+        1,
+        description="processes of one host, each with a GPU, that compute every step of a replica together, with a part "
+        "of its weights and KV heads each",
+    )
     expert_parallel: int = Field(
         1,
         ge=1,
         le=1024,
         description="workers among which the experts of a MoE model are spread (docs/experts.md); 1: each has all of them",
     )
+
+    @model_validator(mode="after")
+    def _one_kind_of_ranks(self) -> Self:
+        if self.tensor_parallel > 1 and self.expert_parallel > 1:
+            raise ValueError(
+                f"tensor_parallel is {self.tensor_parallel}, expert_parallel is {self.expert_parallel}: "
+                "a worker has ranks of one kind; set one of them to 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _whole_groups(self) -> Self:
@@ -446,11 +464,12 @@ class ClusterConfig(Section):
         roles: tuple[Role, ...] = ("prefill", "decode")
         for role in roles:
             bounds, replicas = self.planner.bounds(role), self.pool(role).replicas
-            if self.planner.apply and (size := self.pool(role).expert_parallel) > 1:
-                raise ValueError(
-                    f"pools.{role}.expert_parallel is {size}: the planner can't start and end such workers; "
-                    "set planner.apply to false"
-                )
+            for kind in ("expert_parallel", "tensor_parallel"):
+                if self.planner.apply and (size := getattr(self.pool(role), kind)) > 1:
+                    raise ValueError(
+                        f"pools.{role}.{kind} is {size}: the planner can't start and end such workers; "
+                        "set planner.apply to false"
+                    )
             if self.planner.apply and replicas and not bounds.min <= replicas <= (bounds.max or replicas):
                 raise ValueError(
                     f"pools.{role}.replicas is {replicas}: it must lie in planner.{role}.min … max "

@@ -28,7 +28,11 @@ from cluster.supervisor import Died, Supervisor
 from cluster.topology import Plan, Replica
 from cluster.valkey import EmbeddedValkey, ValkeyError
 from router.tenants import control_key
-from workers.config import WorkerConfig
+from workers.config import TensorRankConfig, WorkerConfig
+from workers.models.checkpoint import read_json
+from workers.models.errors import ModelError
+from workers.models.sharding import check_shardable
+from workers.models.spec import DecoderSpec
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +93,25 @@ class Cluster:
                 model = self._parts.prepare(self.config.model.name, say)
             finally:
                 self.interruptible = False
+            self._check_ranks(model)
             step.note = self.config.model.served_name or model.served_name
         self._heed_stop()
         return model
+
+    def _check_ranks(self, model: Prepared) -> None:
+        """Before anything is started for a model that its ranks could not share out. Raises LaunchError."""
+        for role in topology.ROLES:
+            pool = self.config.pool(role)
+            if pool.tensor_parallel == 1 or not pool.replicas:
+                continue
+            try:
+                check_shardable(
+                    DecoderSpec.from_config(read_json(model.path / "config.json")), pool.tensor_parallel
+                )
+            except ModelError as error:
+                raise LaunchError(
+                    f"pools.{role}.tensor_parallel is {pool.tensor_parallel}: {error}"
+                ) from error
 
     def _start_ray(self, steps: Steps, plan: Plan | None) -> Plan:
         with steps.begin("ray") as step:
@@ -188,8 +208,8 @@ class Cluster:
         threads = self._threads = topology.threads_per_worker(plan, self._pools.host_of, cores)
         self._cores = cores
 
-        def config_json(replica: Replica, epoch: int) -> str:
-            return self._worker_config(replica, epoch, threads[replica.worker_id], model, redis_url)
+        def config_json(replica: Replica, epoch: int, rank: int) -> str:
+            return self._worker_config(replica, epoch, rank, threads[replica.worker_id], model, redis_url)
 
         self._pools.configure(threads, config_json, self._leases.read)
         self.supervisor = Supervisor(
@@ -219,8 +239,9 @@ class Cluster:
         self._autoscaler.start()
 
     def _worker_config(
-        self, replica: Replica, epoch: int, num_threads: int, model: Prepared, redis_url: str
+        self, replica: Replica, epoch: int, rank: int, num_threads: int, model: Prepared, redis_url: str
     ) -> str:
+        size = replica.tensor_parallel
         return WorkerConfig(
             worker_id=replica.worker_id,
             epoch=epoch,
@@ -237,6 +258,7 @@ class Cluster:
             transfer=self.config.transfer,
             experts=self.config.experts,
             expert_rank=replica.expert_rank,
+            tensor_rank=TensorRankConfig(rank=rank, size=size) if size > 1 else None,
         ).model_dump_json()
 
     def _model_path(self, model: Prepared) -> Path:

@@ -22,20 +22,37 @@ logger = logging.getLogger(__name__)
 _EXPAND_S = 2.0  # for a place that Ray said was free
 _PLACE_S = 0.5  # between two looks at whether somebody asked to stop
 
-WorkerConfigJson = Callable[[Replica, int], str]
+WorkerConfigJson = Callable[[Replica, int, int], str]  # epoch, rank
 LeaseReader = Callable[[], Mapping[str, int] | None]
 
 
 @dataclass(slots=True)
-class _Life:
+class _Rank:
     """One actor, from its creation to its end."""
 
-    replica: Replica
-    epoch: int
     actor: Any
     pending: Any  # reference of start(), then of run()
     started: bool = False
+    address: str = ""
     pid: int = 0
+
+
+@dataclass(slots=True)
+class _Life:
+    """Of a worker: its ranks begin and end together."""
+
+    replica: Replica
+    epoch: int
+    ranks: list[_Rank]
+
+    @property
+    def started(self) -> bool:
+        return all(rank.started for rank in self.ranks)
+
+    @property
+    def first(self) -> _Rank:
+        """The worker itself, which the others follow."""
+        return self.ranks[0]
 
 
 class RayPools:
@@ -54,13 +71,15 @@ class RayPools:
         self._worker_class = worker_class
         self._spares = Spares(num_spares, log_level, worker_class)
         self._groups: dict[str, Any] = {}  # of replicas that are placed together
-        self._bundle_of: dict[str, tuple[Any, int]] = {}
+        self._bundle_of: dict[
+            str, tuple[Any, int]
+        ] = {}  # of the first rank; those of the others come behind it
         self.host_of: dict[str, str] = {}  # worker_id -> Ray node id
         self._threads: Mapping[str, int] = {}
         self._config_json: WorkerConfigJson | None = None
         self._leases: LeaseReader = lambda: None
         self._lives: dict[str, _Life] = {}
-        self._gpus: dict[str, list[str]] = {}  # GPU ids that each bundle was given
+        self._gpus: dict[tuple[str, int], list[str]] = {}  # GPU ids that the bundle of each rank was given
         # Places of workers that left.
         self._left: dict[Role, list[tuple[Any, int]]] = {role: [] for role in ROLES}
 
@@ -77,7 +96,10 @@ class RayPools:
         for replica in self._plan.replicas:
             together.setdefault(replica.together, []).append(replica)
         for name, replicas in together.items():
-            self._groups[name] = placement_group([replica.bundle for replica in replicas], strategy="PACK")
+            bundles = [replica.bundle for replica in replicas for _ in range(replica.tensor_parallel)]
+            # Ranks that compute together share memory; of others it is only better that they are near.
+            strategy = "STRICT_PACK" if replicas[0].tensor_parallel > 1 else "PACK"
+            self._groups[name] = placement_group(bundles, strategy=strategy)
         for name, group in self._groups.items():
             while not (placed := group.wait(_PLACE_S)) and time.monotonic() < deadline:
                 heed_stop()
@@ -138,8 +160,13 @@ class RayPools:
         assert self._config_json is not None, "configure() comes first"
         self._spares.hold_off()
         self._locate(replica.worker_id)
-        config_json = self._config_json(replica, epoch)
-        gpus = self._gpus.get(replica.worker_id)
+        ranks = [self._start_rank(replica, epoch, rank) for rank in range(replica.tensor_parallel)]
+        self._lives[replica.worker_id] = _Life(replica, epoch, ranks)
+
+    def _start_rank(self, replica: Replica, epoch: int, rank: int) -> _Rank:
+        assert self._config_json is not None, "configure() comes first"
+        config_json = self._config_json(replica, epoch, rank)
+        gpus = self._gpus.get((replica.worker_id, rank))
         # Only the first life in a bundle learns from Ray which GPUs are the bundle's: no spare can stand in for that.
         can_use_spare = gpus is not None or not replica.num_gpus
         actor = self._spares.take(self.host_of[replica.worker_id]) if can_use_spare else None
@@ -148,13 +175,14 @@ class RayPools:
             from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
             group, index = self._bundle_of[replica.worker_id]
-            actor = remote_worker(replica.num_cpus, replica.num_gpus).options(
+            share = replica.tensor_parallel
+            actor = remote_worker(replica.num_cpus / share, replica.num_gpus / share).options(
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    group, placement_group_bundle_index=index
+                    group, placement_group_bundle_index=index + rank
                 )
             )
             actor = actor.remote(self._threads[replica.worker_id], self._log_level, self._worker_class)
-        self._lives[replica.worker_id] = _Life(replica, epoch, actor, actor.start.remote(config_json, gpus))
+        return _Rank(actor, actor.start.remote(config_json, gpus))
 
     def kill(self, worker_id: str) -> None:
         life = self._lives.pop(worker_id, None)
@@ -162,22 +190,25 @@ class RayPools:
             return
         import ray
 
-        ray.kill(life.actor, no_restart=True)
-        if life.pid and self.host_of[worker_id] == ray.get_runtime_context().get_node_id():
-            # Ray gives a process that does not answer five seconds; a new life need not wait beside the old one.
-            try:
-                os.kill(life.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        here = self.host_of[worker_id] == ray.get_runtime_context().get_node_id()
+        for rank in life.ranks:
+            ray.kill(rank.actor, no_restart=True)
+            if rank.pid and here:
+                # Ray gives a process that does not answer five seconds; a new life need not wait beside the old one.
+                try:
+                    os.kill(rank.pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
 
     def drain(self, worker_id: str, timeout_s: float) -> None:
-        self._lives[worker_id].actor.drain.remote(timeout_s)  # `run` returns when it has ended
+        self._lives[worker_id].first.actor.drain.remote(timeout_s)  # `run` returns when it has ended
 
     def release(self, replica: Replica) -> None:
         from ray.util.placement_group import remove_placement_group
 
         worker_id = replica.worker_id
-        self._gpus.pop(worker_id, None)
+        for rank in range(replica.tensor_parallel):
+            self._gpus.pop((worker_id, rank), None)
         self.host_of.pop(worker_id, None)
         extra = self.is_extra(worker_id)
         place = self._bundle_of.pop(worker_id)
@@ -191,7 +222,7 @@ class RayPools:
 
         if all(life.started for life in self._lives.values()):
             self._spares.tend({node: self._threads[worker] for worker, node in self.host_of.items()})
-        pending = {life.pending: life for life in self._lives.values()}
+        pending = {rank.pending: (life, rank) for life in self._lives.values() for rank in life.ranks}
         if not pending:
             time.sleep(timeout_s)
             return []
@@ -199,35 +230,40 @@ class RayPools:
         done, _ = ray.wait(list(pending), num_returns=1, timeout=timeout_s)
         if done:
             done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0)
-        return [event for reference in done if (event := self._outcome(pending[reference])) is not None]
+        return [event for reference in done if (event := self._outcome(*pending[reference])) is not None]
 
     def leases(self) -> Mapping[str, int] | None:
         return self._leases()
 
     # --- lives ---------------------------------------------------------------------------------------------------
 
-    def _outcome(self, life: _Life) -> Event | None:
+    def _outcome(self, life: _Life, rank: _Rank) -> Event | None:
         import ray
 
         worker_id = life.replica.worker_id
+        if self._lives.get(worker_id) is not life:
+            return None  # another of its ranks has ended it
+        index = life.ranks.index(rank)
         try:
-            answer = ray.get(life.pending)
+            answer = ray.get(rank.pending)
         except ray.exceptions.ActorDiedError as error:
-            del self._lives[worker_id]  # nothing is left to kill
-            return Died(worker_id, life.epoch, death_reason(error))
+            reason = death_reason(error)
+            rank.pid = 0  # nothing of it is left to kill
         except ray.exceptions.RayError as error:
             reason = death_reason(error)
         else:
-            if not life.started:
-                life.started, life.pid = True, answer["pid"]
+            if not rank.started:
+                rank.started, rank.pid, rank.address = True, answer["pid"], answer["address"]
                 if answer["gpus"]:
-                    self._gpus[worker_id] = answer["gpus"]
-                life.pending = life.actor.run.remote()
+                    self._gpus[worker_id, index] = answer["gpus"]
+                rank.pending = rank.actor.run.remote()
                 self._spares.hold_off()
-                return Started(worker_id, life.epoch, answer["address"], life.pid)
+                if not life.started:
+                    return None
+                return Started(worker_id, life.epoch, life.first.address, life.first.pid)
             reason = "it ended without being asked to"
         self.kill(worker_id)
-        return Died(worker_id, life.epoch, reason)
+        return Died(worker_id, life.epoch, f"rank {index}: {reason}" if index else reason)
 
     # --- end -----------------------------------------------------------------------------------------------------
 
@@ -236,7 +272,7 @@ class RayPools:
         import ray
         from ray.util.placement_group import remove_placement_group
 
-        goodbyes = [life.actor.stop.remote() for life in self._lives.values() if life.started]
+        goodbyes = [life.first.actor.stop.remote() for life in self._lives.values() if life.started]
         if goodbyes:
             ray.wait(goodbyes, num_returns=len(goodbyes), timeout=timeout_s)
         for worker_id in list(self._lives):

@@ -42,7 +42,7 @@ class Inventory:
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One worker to be: its name and what Ray books for it."""
+    """One worker to be: its name and what Ray books for it, of which each of its ranks gets an equal part."""
 
     worker_id: str
     role: Role
@@ -50,16 +50,20 @@ class Replica:
     num_gpus: float
     engine: EngineConfig  # device is decided
     expert_rank: ExpertRankConfig | None = None  # its place among workers that share experts
+    tensor_parallel: int = 1  # ranks, each a process of the same host
 
     @property
     def together(self) -> str:
         """Replicas with the same one are placed together."""
+        if self.tensor_parallel > 1:
+            return self.worker_id
         return self.role if self.expert_rank is None else self.expert_rank.group
 
     @property
     def bundle(self) -> dict[str, float]:
-        """Resources of its place in a placement group. Ray wants at least one entry."""
-        amounts = {"CPU": self.num_cpus, "GPU": self.num_gpus}
+        """Resources of the place of one rank in a placement group. Ray wants at least one entry."""
+        ranks = self.tensor_parallel
+        amounts = {"CPU": self.num_cpus / ranks, "GPU": self.num_gpus / ranks}
         return {name: amount for name, amount in amounts.items() if amount} or {"CPU": 0.001}
 
 
@@ -95,7 +99,8 @@ def plan(config: ClusterConfig, inventory: Inventory) -> Plan:
     replicas: list[Replica] = []
     for role in ROLES:
         pool = config.pool(role)
-        num_gpus = pool.num_gpus if pool.num_gpus is not None else share
+        ranks = pool.tensor_parallel
+        num_gpus = pool.num_gpus if pool.num_gpus is not None else share * ranks
         if engines[role].device == "cpu":
             num_gpus = 0.0
         engine = engines[role].model_copy(update={"device": "cuda" if num_gpus else "cpu"})
@@ -103,7 +108,12 @@ def plan(config: ClusterConfig, inventory: Inventory) -> Plan:
             raise TopologyError(
                 f"pools.{role}.num_gpus is 0, but its device is cuda; give it a share of a GPU"
             )
-        num_cpus = 1.0 if pool.num_cpus is None else pool.num_cpus
+        if ranks > 1 and num_gpus not in (0, ranks):
+            raise TopologyError(
+                f"pools.{role}.tensor_parallel is {ranks}, num_gpus is {num_gpus:g}: each of its ranks needs a GPU of its "
+                f"own; set num_gpus to {ranks}, or to 0 for CPUs"
+            )
+        num_cpus = float(ranks) if pool.num_cpus is None else pool.num_cpus
         size = pool.expert_parallel
         if size > 1 and 0 < num_gpus < 1 and config.experts.exchange in ("auto", "nccl"):
             raise TopologyError(
@@ -111,7 +121,9 @@ def plan(config: ClusterConfig, inventory: Inventory) -> Plan:
                 "set experts.exchange to gloo, or num_gpus to 1"
             )
         replicas += [
-            Replica(f"{role}-{index}", role, num_cpus, num_gpus, engine, _expert_rank(role, index, size))
+            Replica(
+                f"{role}-{index}", role, num_cpus, num_gpus, engine, _expert_rank(role, index, size), ranks
+            )
             for index in range(pool.replicas)
         ]
     _check_fits(replicas, inventory)
@@ -128,17 +140,22 @@ def _expert_rank(role: Role, index: int, size: int) -> ExpertRankConfig | None:
 def _gpu_share(
     config: ClusterConfig, engines: Mapping[Role, EngineConfig], total_gpus: float, notes: list[str]
 ) -> float:
-    """GPUs of a replica that names no number: a whole one, or an equal part when there are too few."""
-    claims = sum(
-        config.pool(role).replicas
-        for role in ROLES
-        if config.pool(role).num_gpus is None and engines[role].device != "cpu"
-    )
+    """GPUs of a rank of a replica that names no number: a whole one, or an equal part when there are too few."""
+    claimants = [
+        role for role in ROLES if config.pool(role).num_gpus is None and engines[role].device != "cpu"
+    ]
+    claims = sum(config.pool(role).replicas * config.pool(role).tensor_parallel for role in claimants)
     left = total_gpus - sum(config.pool(role).replicas * (config.pool(role).num_gpus or 0) for role in ROLES)
     left = math.floor(left)
     if claims == 0 or left < 1:
         return 0.0
     sharing = math.ceil(claims / left)
+    for role in claimants:
+        if sharing > 1 and (ranks := config.pool(role).tensor_parallel) > 1 and config.pool(role).replicas:
+            raise TopologyError(
+                f"pools.{role}.tensor_parallel is {ranks}: each of its ranks needs a GPU of its own; {claims} GPUs are "
+                f"claimed, {left} are there"
+            )
     if sharing > 1:
         notes.append(f"{claims} workers share {left} GPU{'s' if left > 1 else ''}")
     # Ray counts GPUs in ten-thousandths: round down so that the parts fit.
@@ -184,8 +201,10 @@ def _check_fits(replicas: Sequence[Replica], inventory: Inventory) -> None:
 
 
 def threads_per_worker(plan: Plan, host_of: Mapping[str, str], cores: Mapping[str, float]) -> dict[str, int]:
-    """CPU threads of each worker: what its engine says, else an equal part of the cores of its host."""
-    crowd = Counter(host_of[replica.worker_id] for replica in plan.replicas)
+    """CPU threads of each worker, and rank: what its engine says, else an equal part of the cores of its host."""
+    crowd = Counter(
+        host_of[replica.worker_id] for replica in plan.replicas for _ in range(replica.tensor_parallel)
+    )
     return {
         replica.worker_id: replica.engine.num_threads
         or max(1, int(cores[host_of[replica.worker_id]]) // crowd[host_of[replica.worker_id]])

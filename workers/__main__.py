@@ -22,9 +22,9 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     config = WorkerConfig.model_validate_json(Path(arguments[0]).read_text())
     limit_libraries(config.engine.num_threads)
-    from workers.worker import Worker  # only now: it loads torch
+    from workers.worker import open_worker  # only now: it loads torch
 
-    worker = Worker(config)
+    worker = open_worker(config)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))  # while the model loads there is nothing to take back
     info = worker.start()

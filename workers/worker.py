@@ -1,6 +1,6 @@
 """The worker process: one model replica with its servers. Started by an actor of cluster/, or by hand:
 
-python -m workers.worker config.json        (a WorkerConfig as JSON; SIGTERM stops it)
+python -m workers config.json               (a WorkerConfig as JSON; SIGTERM stops it)
 """
 
 from __future__ import annotations
@@ -12,19 +12,24 @@ import threading
 import time
 
 from workers.config import WorkerConfig
+from workers.engine.backend import choose_device
 from workers.engine.engine import Engine
 from workers.experts.board import RankBoard
 from workers.experts.plane import ExpertPlane, Place
 from workers.experts.redis_directory import RedisDirectory
 from workers.metrics import WorkerMetrics
 from workers.models.catalog import prepare_model
+from workers.models.sharding import rank_layout
+from workers.parallel.follower import Follower
+from workers.parallel.process_group import own_device
+from workers.parallel.team import Team
 from workers.protocol.messages import StatusReply, StatusRequest, WorkerInfo
 from workers.protocol.tiers import Removed, Stored
 from workers.publisher import Publisher
 from workers.serving import Serving
 from workers.tiers.tiers import open_tiers
 from workers.token_server import TokenServer
-from workers.transfer.block_memory import block_memory
+from workers.transfer.block_memory import BlockMemory, block_memory
 from workers.transfer.receiver import Receiver
 
 logger = logging.getLogger(__name__)
@@ -37,10 +42,12 @@ class Worker:
     def __init__(self, config: WorkerConfig) -> None:
         self.config = config
         self._stopped = threading.Event()
+        self._stopping = False
         self._publisher: Publisher | None = None
         self._receiver: Receiver | None = None
         self._experts: ExpertPlane | None = None
         self._board: RankBoard | None = None
+        self._team: Team | None = None
 
     def start(self) -> WorkerInfo:
         """Load the model, open the ports, register. Raises ModelError, ValueError, OSError."""
@@ -58,11 +65,16 @@ class Worker:
         # Whoever sends most of its blocks keeps them where receivers on this host can read them in place.
         share = config.role == "prefill" and not {"shm", "cuda_ipc"}.isdisjoint(config.transfer.channels)
         self._experts = _expert_plane(config)
+        self._team = _team(config)
         self.engine = Engine(
-            config.engine, prepare_model(str(config.model_path)), share_kv=share, experts=self._experts
+            config.engine,
+            prepare_model(str(config.model_path)),
+            share_kv=share,
+            experts=self._experts,
+            team=self._team,
         )
-        runner = self.engine.runner
-        memories = [block_memory(runner.kv_cache, self.engine.layout, runner.shared)]
+        memories = self._memories()
+        self._check_tiers(len(memories))
         self.engine.attach(
             open_tiers(
                 config.engine,
@@ -85,7 +97,7 @@ class Worker:
         self._metrics.watch(self.serving.load, self.engine.num_blocks)
         if self.engine.tiers is not None:
             self._metrics.watch_tiers(self.engine.tiers.stats, self.engine.layout.block_bytes)
-        self._metrics.engine(runner.kernels, runner.weights, self.engine.layout.dtype)
+        self._metrics.engine(self.engine.runner.kernels, self.engine.runner.weights, self.engine.layout.dtype)
         self._receiver = Receiver(
             self.serving.tickets,
             memories,
@@ -121,6 +133,8 @@ class Worker:
         while not self._stopped.wait(0.2):
             if self.serving.failure is not None:
                 raise RuntimeError("the engine died") from self.serving.failure
+            if self._team is not None and self._team.lost is not None and not self._stopping:
+                raise RuntimeError(f"a rank was lost: {self._team.lost}")
             if self._publisher is not None and self._publisher.superseded:
                 raise RuntimeError(f"a later life of {self.config.worker_id} has taken its place")
 
@@ -138,6 +152,7 @@ class Worker:
 
     def stop(self) -> None:
         """Every connection is closed, every thread ended, the registration taken back."""
+        self._stopping = True
         self.serving.drain()
         if self._publisher is not None:
             self._publisher.close()
@@ -150,6 +165,8 @@ class Worker:
         if self._receiver is not None:
             self._receiver.stop()
         self.engine.close()
+        if self._team is not None:
+            self._team.close()
         self._stopped.set()
 
     def status(self, request: StatusRequest) -> StatusReply:
@@ -162,6 +179,24 @@ class Worker:
                 requests=self.serving.num_requests(),
                 hashes=list({h: None for h, _, _ in self.engine.cached()}) if request.want_hashes else [],
                 metrics=self._metrics.text() if request.want_metrics else b"",
+            )
+
+    def _memories(self) -> list[BlockMemory]:
+        """The KV cache of each rank."""
+        layout, runner, team = self.engine.layout, self.engine.runner, self._team
+        if team is None:
+            return [block_memory(runner.kv_cache, layout, runner.shared)]
+        heads = rank_layout(layout, team.group.shard).num_kv_heads
+        own = block_memory(runner.kv_cache, layout, runner.shared, heads)
+        return [own, *team.memories(layout, runner.kv_cache)]
+
+    def _check_tiers(self, ranks: int) -> None:
+        """Raises ValueError for tiers that would hold a KV head more than once."""
+        heads = self.engine.layout.num_kv_heads
+        if ranks > heads and self.config.engine.host_cache_memory:
+            raise ValueError(
+                f"engine.host_cache_memory cannot be had with {ranks} tensor-parallel ranks for {heads} KV heads, of which "
+                "several hold the same one; set it to 0"
             )
 
     def _join_group(self, experts: ExpertPlane) -> None:
@@ -200,6 +235,7 @@ class Worker:
             device=f"{engine.device} ({engine.runner.kernels})",
             pid=os.getpid(),
             endpoints=self._receiver.endpoints if self._receiver is not None else [],
+            ranks=1 if self._team is None else self._team.size,
         )
 
     def _publish(self, stored: list[Stored], removed: list[Removed]) -> None:
@@ -211,6 +247,19 @@ class Worker:
         with self.engine.lock:
             self.serving.publish_cache()
             return self.engine.cached()
+
+
+def open_worker(config: WorkerConfig) -> Worker | Follower:
+    """Whatever this process is in its worker: all of it or its rank 0, or another rank."""
+    rank = config.tensor_rank
+    return Worker(config) if rank is None or rank.rank == 0 else Follower(config)
+
+
+def _team(config: WorkerConfig) -> Team | None:
+    """None: this process has the whole model."""
+    if config.tensor_rank is None:
+        return None
+    return Team(config, own_device(choose_device(config.engine.device), config.tensor_rank.rank))
 
 
 def _expert_plane(config: WorkerConfig) -> ExpertPlane | None:

@@ -237,6 +237,19 @@ def test_every_mistake_is_listed(tmp_path: Path) -> None:
             {"pools.decode.replicas": 2, "pools.decode.expert_parallel": 2, "planner.apply": True},
             "pools.decode.expert_parallel is 2: the planner can't start and end such workers",
         ),
+        (
+            {"pools.decode.tensor_parallel": 2, "planner.apply": True},
+            "pools.decode.tensor_parallel is 2: the planner can't start and end such workers",
+        ),
+        (
+            {
+                "pools.decode.replicas": 2,
+                "pools.decode.tensor_parallel": 2,
+                "pools.decode.expert_parallel": 2,
+            },
+            "tensor_parallel is 2, expert_parallel is 2: a worker has ranks of one kind",
+        ),
+        ({"pools.decode.tensor_parallel": 3}, "pools.decode.tensor_parallel"),
     ],
 )
 def test_settings_that_do_not_fit_together(overrides: dict[str, Any], expected: str) -> None:

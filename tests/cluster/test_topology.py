@@ -158,3 +158,31 @@ def test_ranks_on_one_gpu_are_refused() -> None:
     with pytest.raises(TopologyError, match="NCCL needs one for each"):
         planned(machine(8, 1), **shared)
     assert planned(machine(8, 1), experts__exchange="gloo", **shared).of("decode")
+
+
+def test_tensor_parallel_ranks_are_on_one_host_with_a_gpu_each() -> None:
+    (decode,) = planned(machine(8, 3), pools__decode__tensor_parallel=2).of("decode")
+    assert (decode.num_gpus, decode.num_cpus, decode.bundle) == (2, 2, {"CPU": 1.0, "GPU": 1.0})
+    assert decode.together == decode.worker_id
+    (decode,) = planned(machine(8, 0), pools__decode__tensor_parallel=2).of("decode")
+    assert (decode.num_gpus, decode.bundle, decode.engine.device) == (0, {"CPU": 1.0}, "cpu")
+    spread = {"pools__prefill__replicas": 0, "pools__decode__num_gpus": 4}
+    with pytest.raises(TopologyError, match=r"no host of the Ray cluster has 4 GPUs"):
+        planned(ray_cluster((8, 2), (8, 2)), pools__decode__tensor_parallel=4, **spread)
+
+
+def test_tensor_parallel_ranks_do_not_share_gpus() -> None:
+    with pytest.raises(
+        TopologyError, match=r"pools.decode.tensor_parallel is 4: .* 5 GPUs are claimed, 4 are there"
+    ):
+        planned(machine(8, 4), pools__decode__tensor_parallel=4)
+    with pytest.raises(TopologyError, match=r"tensor_parallel is 2, num_gpus is 1: .*set num_gpus to 2"):
+        planned(machine(8, 4), pools__decode__tensor_parallel=2, pools__decode__num_gpus=1)
+
+
+def test_every_rank_has_its_part_of_the_cores() -> None:
+    made = planned(machine(8), pools__decode__tensor_parallel=2, engine__num_threads=None)
+    assert threads_per_worker(made, dict.fromkeys(("prefill-0", "decode-0"), "local"), {"local": 9}) == {
+        "prefill-0": 3,
+        "decode-0": 3,
+    }

@@ -43,6 +43,7 @@ class Process:
     role: str
     settings: dict[str, Any]
     child: Child | None = None
+    followers: list[Child] = field(default_factory=list)  # its other tensor-parallel ranks
     epoch: int = 0
 
 
@@ -74,9 +75,12 @@ class LocalCluster:
         timeout_s: float = 5.0,
         expert_parallel: int = 1,
         experts: dict[str, Any] | None = None,
+        tensor_parallel: dict[str, int] | None = None,
     ) -> None:
-        """`expert_parallel`: workers of a pool that share the experts of the model; `experts`: an ExpertsConfig."""
+        """`expert_parallel`: workers of a pool that share the experts of the model; `experts`: an ExpertsConfig.
+        `tensor_parallel`: ranks of each worker, by role."""
         self.model_path = model_path
+        self._tensor_parallel = tensor_parallel or {}
         self._expert_parallel, self._experts = expert_parallel, experts or {}
         self.timeout_s = timeout_s
         self.received_tokens = 0
@@ -118,6 +122,11 @@ class LocalCluster:
             if process.child is not None and not process.child.ended(30):
                 process.child.signal(signal.SIGKILL)
                 raise AssertionError(f"{process.worker_id} did not end on SIGTERM")
+            for rank, follower in enumerate(process.followers, 1):
+                follower.signal(signal.SIGCONT)
+                if not follower.ended(30):
+                    follower.signal(signal.SIGKILL)
+                    raise AssertionError(f"{process.worker_id} rank {rank} did not end with rank 0")
         self.valkey.close()
         self._directory.cleanup()
 
@@ -126,6 +135,12 @@ class LocalCluster:
     def launch(self, worker_id: str) -> None:
         process = self.processes[worker_id]
         process.epoch = max(int(time.time() * 1000), process.epoch + 1)
+        ranks = self._tensor_parallel.get(process.role, 1)
+        started = [self._start(process, rank, ranks) for rank in range(ranks)]
+        process.child, process.followers = started[0], started[1:]
+
+    def _start(self, process: Process, rank: int, ranks: int) -> Child:
+        worker_id = process.worker_id
         config = {
             "worker_id": worker_id,
             "epoch": process.epoch,
@@ -141,11 +156,12 @@ class LocalCluster:
             "transfer": self._transfer,
             "experts": self._experts,
             "expert_rank": self._expert_rank(process),
+            "tensor_rank": {"rank": rank, "size": ranks} if ranks > 1 else None,
         }
-        path = Path(self._directory.name) / f"{worker_id}.json"
+        path = Path(self._directory.name) / f"{worker_id}-{rank}.json"
         path.write_text(json.dumps(config))
         with (Path(self._directory.name) / f"{worker_id}.log").open("ab") as log:
-            process.child = nursery().fork({"arguments": [str(path)]}, log.fileno())
+            return nursery().fork({"arguments": [str(path)]}, log.fileno())
 
     def _expert_rank(self, process: Process) -> dict[str, Any] | None:
         size = self._expert_parallel

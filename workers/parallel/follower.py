@@ -15,12 +15,12 @@ import torch
 
 from workers.config import WorkerConfig
 from workers.engine.backend import Runner, choose_device, open_backend
-from workers.engine.step_input import StepInput
+from workers.engine.pending import Pending
 from workers.models.catalog import prepare_model
 from workers.models.sharding import rank_layout
 from workers.parallel.link import RankLink, find_leader
-from workers.parallel.lockstep import step_arrays
-from workers.parallel.messages import Beat, Begin, Broken, Meet, Step, Stop
+from workers.parallel.lockstep import followed_step
+from workers.parallel.messages import Beat, Begin, Broken, Fits, Meet, Step, Stop
 from workers.parallel.process_group import RankGroup, open_store, own_device
 from workers.parallel.rank_memory import lend
 from workers.parallel.shard import Shard
@@ -86,6 +86,7 @@ class Follower:
         meet = _expect(link, Meet)
         self._group = RankGroup(open_store(meet.at, START_S), self._shard, device, START_S)
         backend = open_backend(config.engine, prepare_model(str(config.model_path)), parallel=self._group)
+        link.send(Fits(backend.num_blocks()))
         runner = backend.runner(_expect(link, Begin).num_blocks, share_kv=True)
         block_bytes = rank_layout(backend.layout, self._shard).block_bytes
         ready, fd = lend(runner.shared, runner.kv_cache.shape[0] * block_bytes)
@@ -126,8 +127,15 @@ class Follower:
         if runner.device.type == "cuda":
             torch.cuda.set_device(runner.device)  # of this thread
         try:
+            running: Pending | None = None
             while (step := self._steps.get()) is not None:
-                runner.submit(StepInput(step_arrays(step), [])).wait()
+                pending = runner.submit(followed_step(step))
+                if running is not None:
+                    running.wait()
+                running = pending
+                if not runner.overlaps:
+                    running.wait()
+                    running = None
         except Exception as error:
             if not self._ended.is_set():
                 logger.exception("a step failed on rank %d", self._shard.rank)

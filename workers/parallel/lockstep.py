@@ -13,7 +13,7 @@ from workers.engine.plan import Sampled
 from workers.engine.step_input import StepInput
 from workers.parallel.messages import Step
 
-_INT32 = tuple(name for name in Step.__struct_fields__ if name != "slots")
+_INT32 = ("token_ids", "positions", "query_start", "lengths", "blocks", "block_start", "rows")
 
 
 class RankLost(BaseException):
@@ -36,20 +36,17 @@ class Others(Protocol):
 class LockstepRunner:
     """Rank 0's runner of the engine. `kv_cache` is this rank's part."""
 
-    # What a step samples is known to rank 0 alone, so the next one's tokens are not on the other devices.
-    overlaps = False
-
     def __init__(self, runner: Runner, others: Others, size: int) -> None:
         self._runner, self._others = runner, others
         self.device, self.weights = runner.device, runner.weights
-        self.kernels = f"{runner.kernels}, {size} ranks"
+        self.kernels, self.overlaps = f"{runner.kernels}, {size} ranks", runner.overlaps
         self.kv_cache, self.shared = runner.kv_cache, runner.shared
 
     def watch_next(self) -> None:
         return None
 
     def submit(self, step: StepInput) -> Pending:
-        self._others.tell(step_message(step.arrays))
+        self._others.tell(step_message(step))
         try:
             return _Watched(self._runner.submit(step), self._others)
         except Exception as error:  # the others are in the middle of this step, and wait for this rank
@@ -70,11 +67,14 @@ class _Watched:
             raise self._others.lose(f"a step failed on rank 0: {error}") from error
 
 
-def step_message(arrays: StepArrays) -> Step:
-    return Step(*(getattr(arrays, name).tobytes() for name in Step.__struct_fields__))
+def step_message(step: StepInput) -> Step:
+    arrays = {name: getattr(step.arrays, name).tobytes() for name in ("slots", *_INT32)}
+    return Step(carried=list(step.carried), **arrays)
 
 
-def step_arrays(message: Step) -> StepArrays:
+def followed_step(message: Step) -> StepInput:
     """Raises ValueError for bytes that are no whole numbers of integers."""
-    int32 = {name: np.frombuffer(getattr(message, name), np.int32) for name in _INT32}
-    return StepArrays(slots=np.frombuffer(message.slots, np.int64), **int32)
+    # Copies: what came is not writable, and torch refuses such arrays.
+    int32 = {name: np.frombuffer(getattr(message, name), np.int32).copy() for name in _INT32}
+    arrays = StepArrays(slots=np.frombuffer(message.slots, np.int64).copy(), **int32)
+    return StepInput(arrays, [], message.carried)

@@ -25,7 +25,7 @@ class Begin(Struct, frozen=True, tag="begin"):
 
 
 class Step(Struct, frozen=True, tag="step"):
-    """The fields of `kernels.cpu.decoder.StepArrays`, as little-endian bytes."""
+    """The fields of `kernels.cpu.decoder.StepArrays`, as little-endian bytes, and what of StepInput they don't say."""
 
     token_ids: bytes
     positions: bytes
@@ -35,6 +35,7 @@ class Step(Struct, frozen=True, tag="step"):
     blocks: bytes
     block_start: bytes
     rows: bytes
+    carried: list[tuple[int, int]] = []
 
 
 class Stop(Struct, frozen=True, tag="stop"):
@@ -42,6 +43,12 @@ class Stop(Struct, frozen=True, tag="stop"):
 
 
 # --- from the others -------------------------------------------------------------------------------------------------
+
+
+class Fits(Struct, frozen=True, tag="fits"):
+    """This rank's part of the model is loaded, and so many KV blocks have room beside it."""
+
+    num_blocks: int
 
 
 class Ready(Struct, frozen=True, tag="ready"):
@@ -64,4 +71,4 @@ class Broken(Struct, frozen=True, tag="broken"):
 from_leader: Codec[Challenge | Welcome | Refused | Meet | Begin | Step | Stop] = Codec(
     Challenge | Welcome | Refused | Meet | Begin | Step | Stop
 )
-from_follower: Codec[Hello | Ready | Beat | Broken] = Codec(Hello | Ready | Beat | Broken)
+from_follower: Codec[Hello | Fits | Ready | Beat | Broken] = Codec(Hello | Fits | Ready | Beat | Broken)

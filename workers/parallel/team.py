@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from workers.engine.backend import Backend, Runner
 from workers.experts.gloo import GlooStore
 from workers.parallel.link import RankDoor, RankLink
 from workers.parallel.lockstep import LockstepRunner, RankLost
-from workers.parallel.messages import Beat, Begin, Broken, Meet, Ready, Step, Stop
+from workers.parallel.messages import Beat, Begin, Broken, Fits, Meet, Ready, Step, Stop
 from workers.parallel.process_group import GroupError, RankGroup, open_store
 from workers.parallel.rank_memory import lent_memory
 from workers.parallel.shard import Shard
@@ -42,19 +43,21 @@ class Team:
         self.size = config.tensor_rank.size
         self.lost: str | None = None
         self._changed = threading.Condition()
+        self._fits: dict[int, int] = {}
         self._ready: dict[int, tuple[Ready, int | None]] = {}
         self._links: list[RankLink] = []
         self._group: RankGroup | None = None
         door = RankDoor(config)
         try:
-            self._links = door.gather(_introduction(config), self.size, time.monotonic() + START_S)
+            self._links = door.gather(introduction(config), self.size, time.monotonic() + START_S)
         finally:
             door.close()
         for rank, link in enumerate(self._links, 1):
             link.expect_within(config.timeout_s)
             threading.Thread(target=self._listen, args=(rank, link), name="rank", daemon=True).start()
         self._store = GlooStore("127.0.0.1", START_S)
-        self._tell(Meet(self._store.at))
+        with _at_start():
+            self._tell(Meet(self._store.at))
         self._group = RankGroup(open_store(self._store.at, START_S), Shard(0, self.size), device, START_S)
 
     @property
@@ -66,14 +69,18 @@ class Team:
     def lead(self, backend: Backend) -> Backend:
         return _LockstepBackend(backend, self)
 
+    def num_blocks(self, backend: Backend) -> int:
+        """Of which each rank has room for its part. What is measured for it, all measure at a time. Raises GroupError."""
+        own = backend.num_blocks()
+        self._await(self._fits, "loaded")
+        return min(own, *self._fits.values())
+
     def begin(self, backend: Backend, num_blocks: int, share_kv: bool) -> Runner:
-        """All ranks make their KV caches and whatever a runner needs besides. Raises RankLost."""
-        self._tell(Begin(num_blocks))
-        runner = backend.runner(num_blocks, share_kv)
-        with self._changed:
-            in_time = self._changed.wait_for(lambda: self.lost or len(self._ready) == self.size - 1, START_S)
-        if self.lost or not in_time:
-            raise self.lose("a rank did not get ready")
+        """All ranks make their KV caches and whatever a runner needs besides. Raises GroupError."""
+        with _at_start():
+            self._tell(Begin(num_blocks))
+            runner = backend.runner(num_blocks, share_kv)
+        self._await(self._ready, "ready")
         return LockstepRunner(runner, self, self.size)
 
     def memories(self, layout: KvLayout, like: torch.Tensor) -> list[BlockMemory]:
@@ -106,6 +113,12 @@ class Team:
                 link.send(Stop())
         self._part()
 
+    def _await(self, told: Mapping[int, object], what: str) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self.lost or len(told) == self.size - 1, START_S)
+        if self.lost or len(told) < self.size - 1:
+            raise GroupError(str(self.lose(f"not all ranks were {what} after {START_S:g} s")))
+
     def _part(self) -> None:
         """Followers see the end of their connections, and whoever waits for one of them here is woken."""
         for link in self._links:
@@ -127,16 +140,27 @@ class Team:
                 message, fd = link.receive()
                 if isinstance(message, Broken):
                     raise ProtocolError(message.reason)
-                if isinstance(message, Ready):
-                    with self._changed:
+                with self._changed:
+                    if isinstance(message, Fits):
+                        self._fits[rank] = message.num_blocks
+                    elif isinstance(message, Ready):
                         self._ready[rank] = message, fd
-                        self._changed.notify_all()
-                elif not isinstance(message, Beat):
-                    raise ProtocolError(f"it says {type(message).__name__}")
+                    elif not isinstance(message, Beat):
+                        raise ProtocolError(f"it says {type(message).__name__}")
+                    self._changed.notify_all()
         except TimeoutError:
             self.lose(f"rank {rank} gives no sign of life")
         except (OSError, ProtocolError) as error:
             self.lose(f"rank {rank} is gone: {error}")
+
+
+@contextlib.contextmanager
+def _at_start() -> Iterator[None]:
+    """Nothing runs yet that a lost rank would have to be told apart from."""
+    try:
+        yield
+    except RankLost as error:
+        raise GroupError(str(error)) from error
 
 
 class _LockstepBackend:
@@ -144,11 +168,14 @@ class _LockstepBackend:
         self._backend, self._team = backend, team
         self.layout = backend.layout
 
+    def num_blocks(self) -> int:
+        return self._team.num_blocks(self._backend)
+
     def runner(self, num_blocks: int, share_kv: bool = False) -> Runner:
         return self._team.begin(self._backend, num_blocks, share_kv)
 
 
-def _introduction(config: WorkerConfig) -> WorkerInfo:
+def introduction(config: WorkerConfig) -> WorkerInfo:
     """Before anything of the model is known."""
     return WorkerInfo(
         worker_id=config.worker_id,
