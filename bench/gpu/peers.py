@@ -87,6 +87,7 @@ def _implementation(peer: Any) -> str:
 
 def static(peer: Any, load: workload.Workload, seconds: float) -> dict[str, Any]:
     """Batches of as many requests as run at a time elsewhere, in the order in which they come."""
+    peer.set_attn_implementation("sdpa")  # which continuous batching has replaced by its own
     asks = load.asks(peer.config.vocab_size)
     _generate(peer, asks[: load.concurrency], 4)
     began, done = time.perf_counter(), 0
