@@ -78,10 +78,14 @@ def test_chunks_are_sent_when_they_are_computed_not_when_they_are_scheduled(
     alone: Engine,  # noqa: F811
     road: str,
 ) -> None:
-    settings = {"transfer": {"channels": [road]}, "max_num_batched_tokens": 16, "max_num_seqs": 8}
-    d, p = start("decode", **settings), start("prefill", **settings)
+    transfer = {"channels": [road], "layer_groups": 2}
+    d, p = (
+        start(role, transfer=transfer, max_num_batched_tokens=16, max_num_seqs=8)
+        for role in ("decode", "prefill")
+    )
     runner = overlapping(p)
     overlapping(d)
+    runner.delay_s = 0.01  # whatever is sent before it is computed has left by then
     to_d, to_p = Client(d.info.address), Client(p.info.address)
     works = [Work(f"w{n}", *given) for n, given in enumerate(zip(PROMPTS, SAMPLINGS, strict=True))]
     tickets = []

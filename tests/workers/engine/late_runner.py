@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ class Late:
         self._queue: deque[_Waiting] = deque()
         self._last: list[Sampled] = []  # of the step that ran last
         self.refuse: list[Exception] = []  # raised instead of taking the steps to come
+        self.delay_s = 0.0  # before a step runs
         self.most_waiting = 0
         self.num_carried = 0
 
@@ -57,6 +59,7 @@ class Late:
             assert request.block_table.tobytes().startswith(table), (
                 "a step writes into blocks that were given back"
             )
+        time.sleep(self.delay_s)
         self._last = []
         self._last = self._runner.run(step)
         return self._last
