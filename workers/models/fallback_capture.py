@@ -6,6 +6,7 @@ break the capture, or replay what held when it was captured. Seen on any device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,14 +29,25 @@ _INDEXED = {
 }  # masks become lists there
 
 
+def trial_pass(model: FallbackModel) -> Callable[[], None]:
+    """A pass of a few tokens of two sequences, over tensors that stay. Attention is left out."""
+    tokens = torch.arange(4, device=model.device)
+    positions = torch.tensor([0, 1, 2, 9], device=model.device)
+    nothing, rows = _Nothing(model), tokens[2:]
+
+    def run() -> None:
+        model.run(nothing, tokens, positions, rows)
+
+    return run
+
+
 @torch.no_grad()  # in inference mode composite operations would not be taken apart
 def first_wait(model: FallbackModel) -> str | None:
-    """The first operation of a pass that could not be captured; None: it can be. Attention is left out."""
-    tokens = torch.arange(4, device=model.device)
-    positions = torch.tensor([0, 1, 2, 9], device=model.device)  # of two sequences
+    """The first operation of a pass that could not be captured; None: it can be."""
+    run = trial_pass(model)
     try:
         with _Watched():  # type: ignore[no-untyped-call]
-            model.run(_Nothing(model), tokens, positions, tokens[2:])
+            run()
     except _Waits as found:
         return str(found)
     return None
