@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kernels.paged_kv import PagedKv
+from tests.workers.parallel.teams import replica
 from tests.workers.worker_pair import worker_pair
 from workers.config import EngineConfig
 from workers.engine.backend import open_backend
@@ -96,3 +97,16 @@ def test_what_has_no_such_cache_says_so(tmp_path: Path, models: dict[str, Path])
         ValueError, match=r"kv_cache_dtype is int8: heads must be of a multiple of 4 .* are of 6"
     ):
         open_backend(settings("int8"), odd)
+
+
+def test_ranks_hold_their_heads_of_it(tmp_path: Path) -> None:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = write_random_model(tmp_path, {"model_type": "llama", **heads}, seed=1)
+    alone, _ = generate(model, settings("fp8"))
+    with replica(model, 2, kv_cache_dtype="fp8", kernels="torch") as ranks:
+        assert ranks.engine.generate([PROMPT], GREEDY)[0].tokens == alone
+        layout, kv_cache = ranks.engine.layout, ranks.engine.runner.kv_cache
+        assert layout.dtype == "fp8"
+        assert kv_cache[0].nbytes * 2 == layout.block_bytes
+        (memory,) = ranks.team.memories(layout, kv_cache)
+        assert len(b"".join(memory.outgoing([0, 1]))) == layout.block_bytes
