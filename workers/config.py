@@ -10,7 +10,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 from workers.protocol.messages import Compression, Road, Role
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-Kernels = Literal["auto", "torch", "portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_soft"]
+Kernels = Literal["auto", "torch", "triton", "portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_soft"]
 KvCacheDtype = Literal["auto", "int8", "fp8"]
 Graphs = Literal["auto", "none", "decode", "all"]
 Quantization = Literal["auto", "none", "stored", "int8", "int4", "fp8"]
@@ -68,7 +68,9 @@ class EngineConfig(Section):
         "huge pages of the worker's own, which are read somewhat faster",
     )
     kernels: Kernels = Field(
-        "auto", description="on a CPU: auto is the best native variant, or torch where none can be built"
+        "auto",
+        description="auto on a CPU: the best native variant, or torch where none can be built; on a GPU: triton, or torch "
+        "where it fails",
     )
     block_size: int = Field(16, ge=1, le=256, description="tokens in a KV block")
     kv_cache_memory: ByteSize | None = Field(
@@ -265,7 +267,6 @@ class WorkerConfig(Section):
     transfer: TransferConfig = TransferConfig()
     experts: ExpertsConfig = ExpertsConfig()
     expert_rank: ExpertRankConfig | None = Field(None, description="null: all experts are in this worker")
-
     tensor_rank: TensorRankConfig | None = Field(None, description="null: this process has the whole model")
 
     @model_validator(mode="after")

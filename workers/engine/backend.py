@@ -112,12 +112,12 @@ def open_backend(
                 f"tensor_parallel is {parallel.shard.size}: {spec.architecture} runs through transformers, whole"
             )
         return open_fallback(config, model, spec, device, experts)
-    if not parallel.shard.whole and config.kernels not in ("auto", "torch"):
+    if not parallel.shard.whole and config.kernels not in ("auto", "torch", "triton"):
         raise ValueError(
             f"engine.kernels is {config.kernels}, tensor_parallel is {parallel.shard.size}: its ranks run on torch; "
             "use auto"
         )
-    if device.type != "cpu" or config.kernels == "torch" or not parallel.shard.whole:
+    if device.type != "cpu" or config.kernels in ("torch", "triton") or not parallel.shard.whole:
         return open_decoder(config, model, device, experts, parallel)
     try:
         return NativeBackend(config, model, experts)

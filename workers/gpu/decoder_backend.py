@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 
 from workers.config import EngineConfig
@@ -16,15 +14,13 @@ from workers.gpu.backend import DeviceBackend
 from workers.gpu.memory import MemoryAtStart, memory_for
 from workers.models.catalog import PreparedModel
 from workers.models.checkpoint import read_json
+from workers.models.choose_ops import choose_ops
 from workers.models.decoder import load_decoder
 from workers.models.kv_cache import wire_of
 from workers.models.moe import MakeExperts, local_experts
-from workers.models.ops import Ops, torch_ops
 from workers.models.scheme import FLOATS, choose_scheme, weights_fingerprint
 from workers.models.spec import DecoderSpec
 from workers.parallel.collectives import ALONE, Parallel
-
-logger = logging.getLogger(__name__)
 
 
 def open_decoder(
@@ -35,14 +31,14 @@ def open_decoder(
     parallel: Parallel = ALONE,
 ) -> DeviceBackend:
     """As workers.engine.backend.open_backend."""
-    ops = choose_ops(config, device)
+    dtype, wire = choose_dtype(config.dtype), wire_of(config.kv_cache_dtype)
+    ops = choose_ops(config.kernels, device, dtype)
     if (setting := only_native(config)) and ops.name == "torch":
         raise ValueError(
             f"{setting} needs a GPU or the native CPU kernels, this engine runs on torch; use auto"
         )
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    dtype, wire = choose_dtype(config.dtype), wire_of(config.kv_cache_dtype)
     start, scheme = MemoryAtStart.of(device), choose_scheme(config.quantization, model.path)
     # Eager torch widens what is stored in fewer bits; and whoever asks for float32 asks for exactness.
     if ops.name == "torch" or (config.quantization == "auto" and dtype == torch.float32):
@@ -84,18 +80,6 @@ def only_native(config: EngineConfig) -> str | None:
     if config.quantization in ("int8", "int4", "fp8"):
         return f"engine.quantization {config.quantization}"
     return None
-
-
-def choose_ops(config: EngineConfig, device: torch.device) -> Ops:
-    """Triton's kernels on a GPU, unless engine.kernels says torch."""
-    if device.type != "cuda" or config.kernels == "torch":
-        return torch_ops()
-    try:
-        from workers.models.triton_ops import triton_ops
-    except ImportError as error:
-        logger.warning("Triton's kernels are not used, eager torch takes their place, much slower: %s", error)
-        return torch_ops()
-    return triton_ops()
 
 
 def _spread(
