@@ -221,7 +221,9 @@ def main() -> None:
         rows.note(skipped="torch sees no GPU")
     else:
         with model.model_at(options.model, model.TINY if options.rehearse else model.LLAMA_8B) as path:
-            bench = Bench(path, rows, options.quantization, options.rehearse, changes)
+            # Of the formats some need a GPU, and a rehearsal is of the program only.
+            quantization = "none" if options.rehearse else options.quantization
+            bench = Bench(path, rows, quantization, options.rehearse, changes)
             for part in parts:
                 getattr(bench, part)()
     rows.end()

@@ -17,7 +17,9 @@ import torch
 from tests.workers.models.tiny_fallback import write_fallback_model
 from workers.config import EngineConfig
 from workers.engine.engine import Completion, Engine
+from workers.models import device_linear
 from workers.models.catalog import PreparedModel, prepare_model
+from workers.models.matmul_choice import Choices
 from workers.models.random_model import write_random_model
 from workers.protocol.messages import Sampling
 
@@ -29,6 +31,12 @@ FALLBACKS = ("gemma2", "phi3")
 TOKENS = 12
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+
+
+@pytest.fixture(autouse=True)
+def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which form of a product is the fastest is of no interest here, and measuring compiles them all."""
+    monkeypatch.setattr(device_linear, "choices_on", lambda device: Choices(None, None))
 
 
 def model(family: str, path: Path) -> PreparedModel:
@@ -95,13 +103,14 @@ def test_tokens(family: str, tmp_path: Path) -> None:
 
 
 # Of natural-log probabilities that are among the ten likeliest of both: (mean, largest) difference from float32. About
-# twice what eager torch on a CPU differs by, which has the same rounding.
+# twice what eager torch on a CPU differs by with the same rounding, that of activations included. So small a random model
+# is a harsh one: rounding a weight of a row of 64 is not averaged away.
 BOUNDS: dict[str, tuple[dict[str, Any], float, float]] = {
     "bfloat16": ({"dtype": "bfloat16"}, 0.07, 0.45),
     "int8 cache": ({"dtype": "bfloat16", "kv_cache_dtype": "int8"}, 0.09, 0.5),
     "fp8 cache": ({"dtype": "bfloat16", "kv_cache_dtype": "fp8"}, 0.25, 1.8),
-    "fp8 weights": ({"dtype": "bfloat16", "quantization": "fp8"}, 0.25, 1.5),
-    "int8 weights": ({"dtype": "bfloat16", "quantization": "int8"}, 0.14, 0.8),
+    "fp8 weights": ({"dtype": "bfloat16", "quantization": "fp8"}, 0.5, 4.0),
+    "int8 weights": ({"dtype": "bfloat16", "quantization": "int8"}, 0.17, 1.0),
 }
 
 
