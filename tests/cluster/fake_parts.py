@@ -30,6 +30,7 @@ class FakeWorker:
 
     def __init__(self, config: WorkerConfig) -> None:
         self._config = config
+        self._rank = config.tensor_rank.rank if config.tensor_rank else 0
         self._over = threading.Event()
 
     def start(self) -> WorkerInfo:
@@ -39,11 +40,12 @@ class FakeWorker:
         assert config.redis_url is not None
         self._redis = redis.Redis.from_url(config.redis_url)
         self._lease = redis_keys.lease(config.cluster, config.worker_id)
-        self._renew()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
-        self._thread.start()
+        if self._rank == 0:  # the others register nowhere
+            self._renew()
+            threading.Thread(target=self._beat, daemon=True).start()
         if directory := os.environ.get(NOTES):
-            (Path(directory) / config.worker_id).write_text(f"{config.epoch} {os.getpid()}")
+            name = f"{config.worker_id}.{self._rank}" if self._rank else config.worker_id
+            (Path(directory) / name).write_text(f"{config.epoch} {os.getpid()}")
         logging.getLogger("workers.fake").info("fake worker is up, threads %s", os.environ["OMP_NUM_THREADS"])
         return WorkerInfo(
             worker_id=config.worker_id,
@@ -79,7 +81,8 @@ class FakeWorker:
 
     def stop(self) -> None:
         self._over.set()
-        self._redis.delete(self._lease)
+        if self._rank == 0:
+            self._redis.delete(self._lease)
 
 
 class FakeRouter:
@@ -115,7 +118,8 @@ class FakePrepared:
 
 
 def fake_prepare(name: str, say: Callable[[str], None]) -> Any:
-    return FakePrepared(served_name=name)
+    directory = Path(os.environ.get(NOTES, "/nowhere")).parent
+    return FakePrepared(directory / "model", name)
 
 
 def fake_parts() -> Parts:

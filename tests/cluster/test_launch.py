@@ -23,6 +23,14 @@ from tests.cluster.process_tree import descendants
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 90.0  # far above what a busy machine takes
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 260,
+}
 
 
 class Serve:
@@ -31,6 +39,9 @@ class Serve:
     def __init__(self, directory: Path, *settings: str, under: tuple[str, ...] = ()) -> None:
         self.notes = directory / "notes"
         self.notes.mkdir()
+        model = directory / "model"
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps(CONFIG))
         self.log = directory / "log"
         self.temp = directory / "tmp"
         with self.log.open("w") as log:
@@ -137,7 +148,8 @@ def own_cache(cache: Path) -> Path:
 
 
 def test_a_cluster_lives_mends_itself_and_leaves_nothing(tmp_path: Path) -> None:
-    with serving(tmp_path / "a", "supervisor.hang_timeout_s=0.5", "worker.timeout_s=1.5") as serve:
+    settings = ("supervisor.hang_timeout_s=0.5", "worker.timeout_s=1.5", "pools.prefill.tensor_parallel=2")
+    with serving(tmp_path / "a", *settings) as serve:
         serve.until(serve.is_ready, START_S)
         run = serve.run()
         assert run is not None
@@ -158,6 +170,16 @@ def test_a_cluster_lives_mends_itself_and_leaves_nothing(tmp_path: Path) -> None
         assert started_at(serve.life("decode-0")[1]) is not None
         assert serve.life("prefill-0") == other
         assert f"decode-0 (epoch {epoch}) died after" in serve.text()
+
+        # So is one that has lost a rank: all its ranks begin anew.
+        first, (epoch, pid) = serve.life("prefill-0"), serve.life("prefill-0.1")
+        assert first[0] == epoch
+        os.kill(pid, signal.SIGKILL)
+        serve.until(lambda: min(serve.life("prefill-0")[0], serve.life("prefill-0.1")[0]) > epoch, 30)
+        serve.until(lambda: started_at(first[1]) is None, 10)
+        assert re.search(
+            rf"prefill-0 \(epoch {epoch}\) died after .*: rank 1: its process died", serve.text()
+        )
 
         # A stopped one is noticed by its lease, and ended.
         epoch, pid = serve.life("decode-0")
@@ -199,6 +221,15 @@ def test_a_model_that_can_not_start_ends_it_with_the_reason(tmp_path: Path) -> N
         assert "Traceback" not in serve.text()
         assert left(processes) == []
         assert serve.run() is None
+
+
+def test_ranks_that_a_model_can_not_be_cut_for_are_refused_before_ray_starts(tmp_path: Path) -> None:
+    with serving(tmp_path / "e", "pools.decode.tensor_parallel=8") as serve:
+        assert serve.process.wait(START_S) == 1
+        assert (
+            "pools.decode.tensor_parallel is 8: llama with 4 query heads cannot be shared out" in serve.text()
+        )
+        assert "ray" not in serve.text().split("error:")[0]
 
 
 def test_sigterm_while_ray_starts_ends_in_order(tmp_path: Path) -> None:
