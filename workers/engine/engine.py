@@ -183,11 +183,12 @@ class Engine:
         plan, now = flight.plan, time.perf_counter()
         seconds = now - max(flight.began, self._last_end)  # while it was the one that ran
         self._last_end = now
+        num_tokens = plan.num_tokens
         with self.lock:
             result = self.scheduler.update(plan, sampled)
             self._output_tokens += len(result.tokens)
-            self._prompt_tokens += plan.num_tokens - plan.num_samples
-            self._observe_pace(plan, seconds)
+            self._prompt_tokens += num_tokens - len(sampled)
+            self._observe_pace(plan, num_tokens, len(sampled), seconds)
             deliver(result)
         if self.speculation is not None:
             self.speculation.observe(plan, result, seconds)
@@ -258,12 +259,12 @@ class Engine:
             with self.lock:
                 self.scheduler.abandon(self._flights.pop().plan)
 
-    def _observe_pace(self, plan: Plan, seconds: float) -> None:
+    def _observe_pace(self, plan: Plan, num_tokens: int, num_samples: int, seconds: float) -> None:
         """Of steps that mostly read prompts, and of those that only decode."""
-        prompt_tokens = plan.num_tokens - plan.num_samples
-        if prompt_tokens >= max(plan.num_samples, self.layout.block_size):
+        prompt_tokens = num_tokens - num_samples
+        if prompt_tokens >= max(num_samples, self.layout.block_size):
             pairs = sum(item.count * (item.start + item.count / 2) for item in plan.items)
-            self.pace.prompts(plan.num_tokens, pairs, seconds)
+            self.pace.prompts(num_tokens, pairs, seconds)
         elif prompt_tokens == 0 and plan.items:
             self.pace.decodes(seconds)
 
