@@ -11,6 +11,7 @@ import torch
 
 from kernels.paged_kv import PagedKv
 from tests.workers.parallel.teams import replica
+from tests.workers.tiers.test_engine_tiers import conversations, make_engine
 from tests.workers.worker_pair import worker_pair
 from workers.config import EngineConfig
 from workers.engine.backend import open_backend
@@ -19,6 +20,7 @@ from workers.models.catalog import prepare_model
 from workers.models.kv_cache import wire_of
 from workers.models.random_model import write_random_model
 from workers.protocol.messages import Sampling
+from workers.protocol.tiers import HOST
 
 KINDS = ("llama", "deepseek_v3", "gpt_oss")
 DTYPES = ("int8", "fp8")
@@ -110,3 +112,17 @@ def test_ranks_hold_their_heads_of_it(tmp_path: Path) -> None:
         assert kv_cache[0].nbytes * 2 == layout.block_bytes
         (memory,) = ranks.team.memories(layout, kv_cache)
         assert len(b"".join(memory.outgoing([0, 1]))) == layout.block_bytes
+
+
+def test_evicted_blocks_come_back_from_host_memory(models: dict[str, Path]) -> None:
+    prompts = conversations(1, count=4, turns=2)
+    large, small = settings("fp8", num_blocks=200), settings("fp8", num_blocks=12)
+    whole = Engine(large, prepare_model(str(models["llama"])))
+    expected = [done.tokens for done in whole.generate(prompts, GREEDY)]
+    host = 100 * whole.layout.block_bytes
+    engine = make_engine(models["llama"], **small.model_dump() | {"host_cache_memory": host})
+    assert [done.tokens for done in engine.generate(prompts, GREEDY)] == expected
+    assert engine.scheduler.hit_tokens / engine.scheduler.query_tokens > 0.3
+    assert engine.tiers is not None
+    assert engine.tiers.stats()[HOST].stored_blocks > 0
+    engine.close()
