@@ -46,8 +46,13 @@ class LentDevicePages:
 
     @property
     def tensor(self) -> torch.Tensor:
-        """uint8 [num_bytes]"""
-        return self._cuda.bytes_at(self._device, self.address, self.num_bytes, self)
+        """uint8 [num_bytes]. Raises RuntimeError where torch can't use them in place."""
+        tensor = self._cuda.bytes_at(self._device, self.address, self.num_bytes, self)
+        if tensor.data_ptr() != self.address:  # torch copies what it takes to lie on another device
+            raise RuntimeError(
+                f"memory that another process has lent can't be used as that of {self._device}"
+            )
+        return tensor
 
 
 def exportable_pages(num_bytes: int, device: torch.device) -> DevicePages | None:

@@ -17,7 +17,6 @@ from workers.config import WorkerConfig
 from workers.engine.backend import Runner, choose_device, open_backend
 from workers.engine.pending import Pending
 from workers.models.catalog import prepare_model
-from workers.models.sharding import rank_layout
 from workers.parallel.link import RankLink, find_leader
 from workers.parallel.lockstep import followed_step
 from workers.parallel.messages import Beat, Begin, Broken, Fits, Meet, Step, Stop
@@ -88,8 +87,7 @@ class Follower:
         backend = open_backend(config.engine, prepare_model(str(config.model_path)), parallel=self._group)
         link.send(Fits(backend.num_blocks()))
         runner = backend.runner(_expect(link, Begin).num_blocks, share_kv=True)
-        block_bytes = rank_layout(backend.layout, self._shard).block_bytes
-        ready, fd = lend(runner.shared, runner.kv_cache.shape[0] * block_bytes)
+        ready, fd = lend(runner.shared)
         try:
             link.send(ready, fd)
         finally:

@@ -6,7 +6,8 @@ import os
 
 import torch
 
-from workers.device_memory import LentDevicePages
+from workers.cuda import Cuda
+from workers.device_memory import DevicePages, LentDevicePages
 from workers.models.sharding import rank_layout
 from workers.parallel.messages import Ready
 from workers.parallel.shard import Shard
@@ -15,21 +16,27 @@ from workers.shared_memory import SharedPages
 from workers.transfer.block_memory import BlockMemory, DeviceBlocks, HostBlocks
 
 
-def lend(shared: SharedPages | LentDevicePages | object, num_bytes: int) -> tuple[Ready, int | None]:
+def lend(shared: SharedPages | DevicePages | None) -> tuple[Ready, int | None]:
     """A follower's pages: what it says of them, and the descriptor that goes with it, the caller's to close.
 
     Raises ValueError when other processes can't open them.
     """
-    if isinstance(shared, SharedPages):
-        return Ready(shared.num_bytes), shared.writable_fd()
-    handle = getattr(shared, "handle", None)
-    if handle is None:
-        raise ValueError("the KV cache can't be shown to rank 0: CUDA IPC needs cupy and memory of its own")
-    return Ready(num_bytes, handle), None
+    if shared is None:
+        raise ValueError(
+            "the KV cache can't be lent to rank 0, see the warning before: tensor_parallel needs cupy"
+        )
+    if isinstance(shared, DevicePages):
+        return Ready(shared.num_bytes, shared.handle), None
+    return Ready(shared.num_bytes), shared.writable_fd()
 
 
 def lent_memory(
-    ready: Ready, fd: int | None, layout: KvLayout, shard: Shard, like: torch.Tensor
+    ready: Ready,
+    fd: int | None,
+    layout: KvLayout,
+    shard: Shard,
+    like: torch.Tensor,
+    cuda: Cuda | None = None,
 ) -> BlockMemory:
     """`like`: rank 0's KV cache, of the same shape. Takes the descriptor over. Raises ValueError, RuntimeError."""
     expected = like.numel() * like.element_size()
@@ -39,12 +46,15 @@ def lent_memory(
         raise ValueError(
             f"rank {shard.rank} has a KV cache of {ready.num_bytes} bytes, rank 0 one of {expected}"
         )
-    if like.device.type == "cpu":
+    if not ready.handle:
         if fd is None:
-            raise ValueError(f"rank {shard.rank} gave no descriptor of its KV cache")
+            raise ValueError(f"rank {shard.rank} gave neither a descriptor nor a handle of its KV cache")
         pages = SharedPages.lent(fd, ready.num_bytes)
         return HostBlocks(
             pages.array, layout, num_heads=rank_layout(layout, shard).num_kv_heads, shared=pages
         )
-    opened = LentDevicePages(ready.handle, ready.num_bytes, like.device)
+    # On the GPU where it is, if this process sees that one; else through this rank's, which reaches it as a peer.
+    seen = like.device.type == "cuda" and torch.cuda.device_count() > 1
+    device = torch.device("cuda", shard.rank) if seen else like.device
+    opened = LentDevicePages(ready.handle, ready.num_bytes, device, cuda)
     return DeviceBlocks(opened.tensor.view(like.dtype).view(like.shape), layout, opened)

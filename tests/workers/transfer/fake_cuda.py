@@ -127,7 +127,7 @@ class FakeCuda:
         del self.open_handles[address]
 
     def bytes_at(self, device: torch.device, address: int, num_bytes: int, owner: Any) -> torch.Tensor:
-        _, _, memory = self._exports[address]
+        memory = self._exports[address][2] if address in self._exports else self.open_handles[address]
         array = np.frombuffer(memory, np.uint8).view(_Owned)
         array.owner = owner
         return torch.from_numpy(array)
