@@ -95,7 +95,7 @@ class DeviceBackend:
     # --- the size of the cache --------------------------------------------------------------------------------------
 
     def num_blocks(self) -> int:
-        """As configured, or as many as there is room for, on every rank. Raises ValueError."""
+        """As configured, or as many as there is room for. Raises ValueError. Ranks have room for different numbers."""
         start, config = self._start, self._config
         if start is None or config.num_blocks or config.kv_cache_memory:
             return configured_blocks(config, self.layout)
@@ -104,8 +104,7 @@ class DeviceBackend:
         budget = Budget(start.total, start.free, config.gpu_memory_utilization, held, activations, graphs)
         blocks = budget.kv_bytes(block_bytes) // block_bytes
         logger.info("a KV cache of %.2f GiB: %s", blocks * block_bytes / 2**30, budget)
-        everywhere = self._parallel.all_gather(torch.tensor([[blocks]], device=self._model.device))
-        return int(everywhere.min())
+        return blocks
 
     def _measure(self, memory: DeviceMemory) -> tuple[int, int, int]:
         """Bytes of a KV block here, of the largest step at one time, and of all graphs."""

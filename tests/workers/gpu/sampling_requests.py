@@ -26,12 +26,12 @@ def random_inputs(rng: random.Random, count: int, vocab: int) -> list[SampleInpu
     return inputs
 
 
-def random_sampling(rng: random.Random, vocab: int) -> Sampling:
+def random_sampling(rng: random.Random, vocab: int, max_tokens: int = 100) -> Sampling:
     def sometimes(value: float, off: float) -> float:
         return value if rng.random() < 0.4 else off
 
     return Sampling(
-        max_tokens=100,
+        max_tokens=max_tokens,
         seed=rng.randrange(2**64),
         temperature=rng.choice((0.0, 0.0, 0.7, 1.0, 1.8)),
         top_k=int(sometimes(rng.randrange(1, vocab), 0)),

@@ -38,21 +38,6 @@ class Memory:
         return 2 * GIB
 
 
-class Rank:
-    """One of two, of which the other has room for `others` blocks."""
-
-    def __init__(self, others: int) -> None:
-        from workers.parallel.shard import Shard
-
-        self.shard, self._others = Shard(1, 2), others
-
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat((torch.tensor([[self._others]]), x), 1)
-
-    def broadcast(self, x: torch.Tensor) -> None:
-        """What rank 0 has sampled is the same here."""
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedModel:
     return prepare_model(str(write_random_model(tmp_path_factory.mktemp("model"), "llama", seed=1)))
@@ -64,12 +49,12 @@ def decoder(prepared: PreparedModel) -> Decoder:
 
 
 def backend(
-    prepared: PreparedModel, decoder: Decoder, memory: Memory, settings: dict[str, Any], **more: Any
+    prepared: PreparedModel, decoder: Decoder, memory: Memory, settings: dict[str, Any]
 ) -> DeviceBackend:
     config = EngineConfig(device="cpu", max_num_batched_tokens=64, max_num_seqs=8, **settings)
     layout = kv_layout(decoder.spec, config.block_size, "float32", prepared.fingerprint)
     start = MemoryAtStart(memory, memory.at_start, memory.total)
-    return DeviceBackend(config, prepared, decoder, layout, weights="float32", start=start, **more)
+    return DeviceBackend(config, prepared, decoder, layout, weights="float32", start=start)
 
 
 def test_the_cache_is_what_is_left(prepared: PreparedModel, decoder: Decoder) -> None:
@@ -94,12 +79,6 @@ def test_less_than_a_block_is_refused(prepared: PreparedModel, decoder: Decoder)
         ValueError, match=r"engine.kv_cache_memory is 100 bytes, one KV block of this model has \d+"
     ):
         made.num_blocks()
-
-
-def test_ranks_take_what_all_of_them_have_room_for(prepared: PreparedModel, decoder: Decoder) -> None:
-    for others, expected in ((5, 5), (10**9, None)):
-        made = backend(prepared, decoder, Memory(), {"gpu_memory_utilization": 0.75}, parallel=Rank(others))
-        assert made.num_blocks() == (expected or 6 * GIB // made.layout.block_bytes)
 
 
 def test_no_room_is_said_with_the_sizes_and_what_to_change(prepared: PreparedModel, decoder: Decoder) -> None:
