@@ -51,15 +51,14 @@ bench() {
   step "bench.$name" "$limit" "$PYTHON" -m "$module" --json "$RAW/bench.$name.json" ${REHEARSE[@]+"${REHEARSE[@]}"} "$@"
 }
 
-# tests NAME LIMIT_S FILES...: without conftest.py, which needs what only Headrace's own environment has.
+# tests NAME LIMIT_S OPTION... FILE...: without conftest.py, which needs what only Headrace's own environment has.
 tests() {
   local name=$1 limit=$2
   shift 2
-  step "tests.$name" "$limit" "$PYTHON" -m pytest --noconftest -q --junitxml="$RAW/tests.$name.xml" \
-    ${PARALLEL[@]+"${PARALLEL[@]}"} "$@"
+  step "tests.$name" "$limit" "$PYTHON" -m pytest --noconftest -q --junitxml="$RAW/tests.$name.xml" "$@"
 }
-PARALLEL=()
-"$PYTHON" -c 'import xdist' 2>"$RAW/lack" && PARALLEL=(-n 8) # mostly compiling, which many processes do at once
+MANY=() # processes, for tests that mostly compile
+"$PYTHON" -c 'import xdist' 2>"$RAW/lack" && MANY=(-n 8)
 
 # A model of 8 billion parameters as files, which every step after it loads; kernels are compiled meanwhile.
 if [ -z "$LACK" ]; then
@@ -75,20 +74,22 @@ WITH=(--model "$MODEL")
 
 # The most valuable first. Benchmarks run alone on the GPU.
 bench engine 130 bench.gpu.engine "${WITH[@]}"
-tests test_cuda_equals_cpu 110 -m gpu tests/workers/engine/test_cuda_equals_cpu.py
+EQUALS=tests/workers/engine/test_cuda_equals_cpu.py
+tests "$(basename "$EQUALS" .py)" 110 "${MANY[@]}" -m gpu "$EQUALS"
 bench kernels 90 bench.gpu --seconds 75
 bench peers 110 bench.gpu.peers "${WITH[@]}" --each 40
 bench engine_fp8 80 bench.gpu.engine "${WITH[@]}" --quantization fp8 --parts decode,prefill
 bench disaggregation 90 bench.gpu.disaggregation "${WITH[@]}"
 bench endurance 60 bench.gpu.endurance
 step bench.nccl 30 "$PYTHON" -m kernels.nccl_tests all_reduce -b 1M -e 64M -f 8 --json "$RAW/bench.nccl.json"
-tests triton 200 tests/kernels/triton/*_cases.py
-# All other files with tests marked gpu; those of triton above are run there by processes of their own.
-PARALLEL=()
+# Kernels' cases, compiled; on CPUs Triton's interpreter runs them in processes of their own.
+mapfile -t CASES < <(find tests -name '*_cases.py' | sort)
+tests triton 200 "${MANY[@]}" -m "not slow" "${CASES[@]}"
+# All other files with tests marked gpu, but for those that only run the cases.
 while read -r file; do
-  case $file in tests/kernels/triton/* | */test_cuda_equals_cpu.py) continue ;; esac
-  tests "$(basename "$file" .py)" 90 -m gpu "$file"
+  [ "$file" = "$EQUALS" ] || grep -q '_cases\.py' "$file" || tests "$(basename "$file" .py)" 90 -m gpu "$file"
 done < <(grep -rlE '^@pytest\.mark\.gpu|^pytestmark = .*mark\.gpu' tests --include='test_*.py' | sort)
 bench sanitizer 90 bench.gpu.sanitizer
+tests triton_slow 200 "${MANY[@]}" -m slow "${CASES[@]}"
 
 "$PYTHON" -m bench.gpu.report "$RAW" "$OUT"
