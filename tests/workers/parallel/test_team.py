@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ import torch
 from tests.workers.parallel.teams import config_of, replica
 from workers.engine.backend import open_backend
 from workers.engine.engine import Completion, Engine
+from workers.engine.pending import Pending
 from workers.engine.step_input import StepBuilder, StepInput
+from workers.gpu import backend
+from workers.gpu.runner import DeviceRunner
 from workers.models.catalog import prepare_model
 from workers.models.errors import ModelError
 from workers.models.random_model import write_random_model
@@ -73,6 +77,42 @@ def test_the_tokens_of_one_process(model: Path, alone: list[list[int]], size: in
             assert tokens(ranks.engine.generate(PROMPTS, MIXED)) == alone
         assert ranks.engine.runner.kernels == f"torch, {size} ranks"
         ranks.engine.pool.check([])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kv_cache_dtype": "int8"},
+        {"speculation": {"method": "ngram", "ngram_min": 1}},
+    ],
+    ids=["int8 cache", "speculation"],
+)
+def test_with_other_settings_too(model: Path, settings: dict[str, Any]) -> None:
+    given, sampling = [[*START, 99, 98], [40] * 20], MIXED[:2]
+    engine = Engine(config_of(model, 0, 2, 0, kernels="torch", **settings).engine, prepare_model(str(model)))
+    expected = tokens(engine.generate(given, sampling))
+    with replica(model, 2, **settings) as ranks:
+        assert tokens(ranks.engine.generate(given, sampling)) == expected
+
+
+def test_steps_that_overlap(model: Path, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: a step begins before what the one before it sampled is known to the host, or to any rank but the first."""
+    carried: list[int] = []
+
+    class Overlapping(DeviceRunner):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named | {"overlaps": True})
+            self._is_first = named["parallel"].shard.first
+
+        def submit(self, step: StepInput) -> Pending:
+            if not self._is_first:
+                carried.append(len(step.carried))
+            return super().submit(step)
+
+    monkeypatch.setattr(backend, "DeviceRunner", Overlapping)
+    with replica(model, 2, max_num_batched_tokens=24) as ranks:
+        assert tokens(ranks.engine.generate(PROMPTS, MIXED)) == alone
+    assert sum(carried) > 20, "nothing was in flight"
 
 
 def test_rank_0_reads_and_writes_every_ranks_blocks(model: Path) -> None:
