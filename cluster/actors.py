@@ -13,6 +13,7 @@ import msgspec
 from cluster.logs import set_up_logging
 from workers.config import WorkerConfig
 from workers.environment import limit_libraries
+from workers.garbage import spare_steps
 from workers.protocol.messages import WorkerInfo
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class WorkerActor:
         loaded = time.monotonic()
         self._worker = worker_class(_on_this_node(config))
         info: dict[str, Any] = msgspec.to_builtins(self._worker.start(), builtin_types=(bytes,))
+        spare_steps()
         logger.debug(
             "libraries loaded in %.1f s, worker started in %.1f s", loaded - began, time.monotonic() - loaded
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from workers.config import WorkerConfig
 from workers.environment import limit_libraries
+from workers.garbage import spare_steps
 
 
 def main(arguments: list[str]) -> int:
@@ -28,6 +29,7 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))  # while the model loads there is nothing to take back
     info = worker.start()
+    spare_steps()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: threading.Thread(target=worker.stop).start())
     sys.stdout.write(f"{info.address}\n")
