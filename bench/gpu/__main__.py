@@ -22,7 +22,7 @@ from bench.gpu.rows import write_json
 
 Save = Callable[[dict[str, Any]], object]
 
-GROUPS = ("attention", "matmul", "layer", "sampling", "relayout")
+GROUPS = ("attention", "matmul", "layer", "experts", "sampling", "relayout")
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(
     "groups",
-    [["layer"], pytest.param(["attention", "matmul", "sampling", "relayout"], marks=pytest.mark.slow)],
+    [["layer"], pytest.param(["attention", "matmul", "experts", "sampling", "relayout"], marks=pytest.mark.slow)],
     ids=",".join,
 )
 def test_rehearsal(groups: list[str]) -> None:
