@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.workers.models.test_stored_forms import CASES, write
 from workers.models import weight_source
 from workers.models.checkpoint import read_json
 from workers.models.errors import ModelError
@@ -126,6 +127,24 @@ def test_quantized_parts_have_the_values_of_the_whole(tmp_path: Path) -> None:
         next(iter(WeightSource(path, spec, Scheme("int4"), Shard(rank, 2)).layers())).mlp for rank in range(2)
     ]
     check_mlp(parts, whole)
+
+
+@pytest.mark.parametrize(
+    "case", ["gptq 8 bits", "awq g64", "compressed int8 channel", "compressed g32 asymmetric"]
+)
+@pytest.mark.parametrize("neurons", [256, 192], ids=["whole groups", "groups that ranks share"])
+def test_parts_of_stored_integers_have_the_values_of_the_whole(
+    tmp_path: Path, case: str, neurons: int
+) -> None:
+    """192 neurons on four ranks: 48 each, one and a half groups of 32."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    write(tmp_path, CASES[case], {"intermediate_size": neurons, **heads})
+    spec = spec_of(tmp_path)
+    whole = next(iter(WeightSource(tmp_path, spec, Scheme("none")).layers()))
+    sources = [WeightSource(tmp_path, spec, Scheme("none"), Shard(rank, 4)) for rank in range(4)]
+    parts = [next(iter(source.layers())) for source in sources]
+    check_mlp([part.mlp for part in parts], whole.mlp)
+    assert same([part.attention.output for part in parts], whole.attention.output, 1)
 
 
 def test_a_rank_reads_no_more_than_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
