@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from workers.engine.request import Request
 from workers.experts.group import GroupStatus
+from workers.gpu.graphs import Captured
 from workers.prefix_loader import Loaded
 from workers.protocol.messages import Load, PrefillDone
 from workers.tiers.stats import TierStats
@@ -103,6 +104,15 @@ class WorkerMetrics:
             registry=self.registry,
         )
         info.labels(*self._values, kernels, weights, kv_cache).set(1)
+
+    def graphs(self, captured: Captured) -> None:
+        """CUDA graphs, made once."""
+        for name, text, value in (
+            ("headrace_cuda_graphs", "sizes of steps that are launched whole", len(captured.graphs)),
+            ("headrace_cuda_graph_capture_seconds", "what it took to capture them", captured.seconds),
+            ("headrace_cuda_graph_bytes", "GPU memory that they take", captured.num_bytes),
+        ):
+            Gauge(name, text, _LABELS, registry=self.registry).labels(*self._values).set(value)
 
     def step(self, seconds: float) -> None:
         self._step.observe(seconds)

@@ -12,7 +12,7 @@ import threading
 import time
 
 from workers.config import WorkerConfig
-from workers.engine.backend import choose_device
+from workers.engine.backend import Runner, choose_device
 from workers.engine.engine import Engine
 from workers.experts.board import RankBoard
 from workers.experts.plane import ExpertPlane, Place
@@ -98,6 +98,8 @@ class Worker:
         if self.engine.tiers is not None:
             self._metrics.watch_tiers(self.engine.tiers.stats, self.engine.layout.block_bytes)
         self._metrics.engine(self.engine.runner.kernels, self.engine.runner.weights, self.engine.layout.dtype)
+        if self.engine.runner.captured is not None:
+            self._metrics.graphs(self.engine.runner.captured)
         self._receiver = Receiver(
             self.serving.tickets,
             memories,
@@ -232,7 +234,7 @@ class Worker:
             max_model_len=engine.max_model_len,
             max_num_seqs=engine.max_num_seqs,
             vocab_size=engine.vocab_size,
-            device=f"{engine.device} ({engine.runner.kernels})",
+            device=_device(engine.runner),
             pid=os.getpid(),
             endpoints=self._receiver.endpoints if self._receiver is not None else [],
             ranks=1 if self._team is None else self._team.size,
@@ -247,6 +249,12 @@ class Worker:
         with self.engine.lock:
             self.serving.publish_cache()
             return self.engine.cached()
+
+
+def _device(runner: Runner) -> str:
+    """For people: which one, what computes there, and how many sizes of steps are CUDA graphs."""
+    graphs = "" if runner.captured is None else f", {len(runner.captured.graphs)} graphs"
+    return f"{runner.device} ({runner.kernels}{graphs})"
 
 
 def open_worker(config: WorkerConfig) -> Worker | Follower:

@@ -14,6 +14,7 @@ from workers.engine.pending import Pending
 from workers.engine.plan import Sampled
 from workers.engine.step_input import StepInput
 from workers.experts.plane import ExpertPlane
+from workers.gpu.graphs import Captured
 from workers.models.catalog import PreparedModel
 from workers.models.errors import NotHere
 from workers.models.fallback_spec import FallbackSpec, read_spec
@@ -51,6 +52,10 @@ class Runner(Protocol):
     @property
     def shared(self) -> SharedPages | DevicePages | None:
         """The pages of the KV cache, when other processes can map or open them."""
+
+    @property
+    def captured(self) -> Captured | None:
+        """What of its steps is launched whole, as CUDA graphs; None where that cannot be."""
 
     @property
     def overlaps(self) -> bool:

@@ -129,7 +129,7 @@ def _check_cores(cpus: list[int] | None) -> None:
 
 class NativeRunner:
     device = torch.device("cpu")
-    overlaps = False
+    overlaps, captured = False, None
 
     def __init__(
         self,

@@ -39,10 +39,6 @@ class Captured:
     seconds: float
     num_bytes: int
 
-    @staticmethod
-    def nothing() -> Captured:
-        return Captured({}, 0.0, 0)
-
 
 def capture_all(graphs: Graphs, shapes: Iterable[Shape], body_of: Callable[[Shape], Body]) -> Captured:
     """Largest shapes should come first: all graphs allocate from one pool, and only one runs at a time."""

@@ -71,7 +71,7 @@ class DeviceRunner:
         """`kernels`, `weights`: their names. `parallel`: of the ranks that compute the model together rank 0 alone samples, the others' steps come without samples."""
         self.device, self.kv_cache, self.shared = device.device, kv_cache, shared
         self.kernels, self.weights, self.overlaps = kernels, weights, overlaps
-        self.captured = Captured.nothing()
+        self.captured: Captured | None = None
         self._model, self._sampler, self._buffers, self._queue = model, sampler, buffers, device
         self._max_model_len = max_model_len
         self._place_inputs, self._parallel = place_inputs, parallel
@@ -83,12 +83,12 @@ class DeviceRunner:
     def capture(self, graphs: Graphs, buckets: Buckets) -> Captured:
         """Steps of these shapes, and no others, run in graphs from here on. While no step runs."""
         with self._queue.use():
-            self.captured = capture_all(graphs, buckets.all, self._body)
-        self._buckets = buckets
-        return self.captured
+            captured = capture_all(graphs, buckets.all, self._body)
+        self.captured, self._buckets = captured, buckets
+        return captured
 
     def forget_graphs(self) -> None:
-        self.captured, self._buckets = Captured.nothing(), Buckets([], [])
+        self.captured, self._buckets = None, Buckets([], [])
 
     def watch_next(self) -> None:
         return None
@@ -121,6 +121,7 @@ class DeviceRunner:
                 logits = self._launch(step)
             else:
                 self._buffers.send(step.arrays, step.carried, shape)
+                assert self.captured is not None, "a shape is that of a graph"
                 self.captured.graphs[shape]()
                 logits = self._logits[:rows]
             results: Results = list

@@ -41,6 +41,7 @@ class LockstepRunner:
         self.device, self.weights = runner.device, runner.weights
         self.kernels, self.overlaps = f"{runner.kernels}, {size} ranks", runner.overlaps
         self.kv_cache, self.shared = runner.kv_cache, runner.shared
+        self.captured = runner.captured
 
     def watch_next(self) -> None:
         return None

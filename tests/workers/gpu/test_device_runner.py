@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from prometheus_client import generate_latest
 
 from kernels.attention_step import AttentionStep
 from tests.workers.gpu.runners import (
@@ -27,6 +28,7 @@ from workers.engine.sampler import SampleInput, Sampler
 from workers.engine.step_input import StepInput
 from workers.gpu.buckets import Buckets, decode_shapes, mixed_shapes
 from workers.gpu.runner import DeviceRunner
+from workers.metrics import WorkerMetrics
 from workers.models.decoder import Decoder, load_decoder
 from workers.models.fallback import load_fallback
 from workers.models.fallback_spec import FallbackSpec, read_spec
@@ -227,3 +229,29 @@ def test_a_chunk_that_samples_nothing(model: Decoder) -> None:
     request.append(sampled.token, frozenset())
     assert [request.output_token_ids] == expected(model, [request])
     assert graphs.replays == 3
+
+
+def test_what_was_captured_is_known(model: Decoder) -> None:
+    runner = runner_over(model)
+    assert runner.captured is None
+    shapes = Buckets(decode_shapes(4), [])
+
+    class Graphs(StrictGraphs):
+        def memory_used(self) -> int:
+            return 1000 + 7 * len(self.bodies)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.bodies: list[object] = []
+
+        def capture(self, body: Callable[[], None]) -> Callable[[], None]:
+            self.bodies.append(body)
+            return super().capture(body)
+
+    captured = runner.capture(Graphs(), shapes)
+    assert (list(captured.graphs), captured.num_bytes) == (shapes.all, 21)
+    metrics = WorkerMetrics("w0", "decode", "tiny")
+    metrics.graphs(captured)
+    labels = '{model_name="tiny",role="decode",worker="w0"}'
+    for line in (f"headrace_cuda_graphs{labels} 3.0", f"headrace_cuda_graph_bytes{labels} 21.0"):
+        assert line in generate_latest(metrics.registry).decode()
