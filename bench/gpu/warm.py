@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench.gpu.matmul import random_weight
+from bench.gpu.matmul import FORMATS, random_weight
 from bench.gpu.model import LLAMA_8B
 from bench.gpu.rows import Rows, parser
 from kernels.quantized_matrix import Format
@@ -29,6 +29,7 @@ class Job(NamedTuple):
     outputs: int
     inputs: int
     format: Format | None
+    group: int  # 0: one scale for each output
     result: torch.dtype
 
 
@@ -51,13 +52,19 @@ def jobs() -> list[Job]:
         (heads + 2 * spec.num_kv_heads * spec.head_dim, hidden, torch.bfloat16),
         (hidden, heads, torch.bfloat16),
     ]
-    formats: tuple[Format | None, ...] = ("fp8", None)
-    return [Job(n, k, format, result) for format in formats for n, k, result in shapes]
+    engines: tuple[Format | None, ...] = ("fp8", None)
+    found = [Job(n, k, format, 0, result) for format in engines for n, k, result in shapes]
+    compared = [
+        one for one in FORMATS if one[0] not in engines
+    ]  # by bench.gpu.matmul, with one of the matrices
+    return found + [Job(2 * inner, hidden, *one, torch.bfloat16) for one in compared]
 
 
 def compile_forms(job: Job) -> None:
     device = torch.device("cuda")
-    weight = random_weight(job.format, job.outputs, job.inputs, job.inputs, torch.bfloat16, device)
+    weight = random_weight(
+        job.format, job.outputs, job.inputs, job.group or job.inputs, torch.bfloat16, device
+    )
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     Choices(Untimed(), None, multiprocessors).of(weight, job.result)
 
