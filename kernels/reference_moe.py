@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.quantized_experts import Experts
 from kernels.reference import silu_mul
 
 Activation = Callable[[Tensor], Tensor]  # [N, 2 * I], gate first -> [N, I]
@@ -130,8 +131,8 @@ def clamped_swiglu(gate_up: Tensor, alpha: float = 1.702, limit: float = 7.0) ->
 def grouped_mlp(
     x_sorted: Tensor,
     counts: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Experts,
+    down: Experts,
     biases: tuple[Tensor, Tensor] | None = None,
     activation: Activation = silu_mul,
 ) -> Tensor:

@@ -49,7 +49,7 @@ def _scaled(
     tl.store(at, y.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "end"])
 def _dequantize(
     q, scale, minimum, out, begin, end, n, k, width,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -66,7 +66,7 @@ def multiply(
     out = torch.empty((rows, n), dtype=dtype or x.dtype, device=x.device)
     if not rows:
         return out
-    given = _given(x, weight)
+    given = as_stored(weight, x)
     steps = triton.cdiv(given.q.shape[1], given.depth)
     splits = max(1, min(tiling.splits, steps // _LEAST_STEPS))
     per_split = triton.cdiv(steps, splits)
@@ -88,8 +88,8 @@ def multiply(
 
 
 @dataclass(frozen=True, slots=True)
-class _Given:
-    """A weight as the kernel takes it; what it has not is stood in for by q."""
+class Stored:
+    """A weight as kernels take it; what it has not is stood in for by q."""
 
     format: int
     q: Tensor
@@ -101,19 +101,20 @@ class _Given:
     depth: int
 
 
-def _given(x: Tensor, weight: Weight) -> _Given:
+def as_stored(weight: Weight, x: Tensor) -> Stored:
+    """`weight` for a product with `x`. Raises ValueError."""
     if isinstance(weight, Tensor):
         if weight.dtype != x.dtype or weight.stride(1) != 1 or weight.stride(0) != weight.shape[1]:
             raise ValueError(
                 f"a weight of {weight.dtype} with strides {weight.stride()}: it must be {x.dtype} as x is, and contiguous"
             )
         depth = _DEPTH[_FLOATS] // (2 if x.dtype == torch.float32 else 1)
-        return _Given(_FLOATS, weight, weight, weight, weight, False, 0, depth)
+        return Stored(_FLOATS, weight, weight, weight, weight, False, 0, depth)
     q, format = weight.q, {"int8": _INT8, "int4": _INT4, "fp8": _FP8}[weight.format]
     if format == _FP8 and not _converts_fp8(x.device):
         q, format = q.view(torch.uint8), _FP8_BITS
     depth = min(weight.group, _DEPTH[format]) if weight.group != weight.k else _DEPTH[format]
-    return _Given(
+    return Stored(
         format=format,
         q=q.view(torch.int8) if format == _INT4 else q,
         scale=weight.scale,
@@ -160,7 +161,8 @@ def _group_scaled(
     return acc
 
 
-@triton.jit
+# A step has any number of rows: none is worth a kernel of its own, compiled while it is waited for.
+@triton.jit(do_not_specialize=["rows", "steps"])
 def _multiply(
     x, q, scale, minimum, order, bias, out, partial, arrivals,
     rows, n, k, width, stride_x, steps,

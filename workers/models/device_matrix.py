@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from kernels.quantized_matrix import QuantizedMatrix, pack_int4
-from workers.models.quantized import GROUP, ChannelWeight, Fp8Weight, GroupedWeight, Quantized
-
-_WIDEST_GROUP = 128
+from workers.models.quantized import GROUP, ChannelWeight, Fp8Weight, Quantized
 
 
 def on_device(matrix: Quantized, dtype: torch.dtype, device: torch.device) -> QuantizedMatrix:
@@ -22,22 +19,12 @@ def on_device(matrix: Quantized, dtype: torch.dtype, device: torch.device) -> Qu
         scale = torch.from_numpy(matrix.scale).to(device).T.contiguous()
         return QuantizedMatrix("fp8", q.view(torch.float8_e4m3fn), scale, None, k, matrix.group, dtype=dtype)
     order = None if matrix.order is None else torch.from_numpy(matrix.order).to(device)
-    d, m = (None if part is None else torch.from_numpy(part).to(device).T for part in (matrix.d, matrix.m))
-    assert d is not None
-    group, d, m = _widest_groups(matrix, d, m)
+    # Groups of 64 and 128 were read as alike groups of 32: each scale once again.
+    once = matrix.shared // GROUP
+    d = torch.from_numpy(matrix.d).to(device).T[::once].contiguous()
     if matrix.format == "q8":
         q = (q ^ 0x80).view(torch.int8)  # from an offset of 128 to two's complement
-        return QuantizedMatrix("int8", q, d, None, k, group, order, dtype)
-    return QuantizedMatrix("int4", pack_int4(q), d, m, k, group, order, dtype)
-
-
-def _widest_groups(matrix: GroupedWeight, d: Tensor, m: Tensor | None) -> tuple[int, Tensor, Tensor | None]:
-    """Groups of 64 and 128 were read as equal groups of 32: their scales, [groups, n], once again each once."""
-    group, k = GROUP, matrix.shape[1]
-    while group < _WIDEST_GROUP and k % (2 * group) == 0 and all(_in_pairs(part) for part in (d, m)):
-        group, d, m = 2 * group, d[::2], None if m is None else m[::2]
-    return group, d.contiguous(), None if m is None else m.contiguous()
-
-
-def _in_pairs(part: Tensor | None) -> bool:
-    return part is None or torch.equal(part[::2], part[1::2])
+        return QuantizedMatrix("int8", q, d, None, k, matrix.shared, order, dtype)
+    assert matrix.m is not None
+    m = torch.from_numpy(matrix.m).to(device).T[::once].contiguous()
+    return QuantizedMatrix("int4", pack_int4(q), d, m, k, matrix.shared, order, dtype)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.quantized_experts import ExpertStack
 from kernels.quantized_matrix import Weight
 from kernels.reference import silu_mul
+from kernels.reference_matmul import dequantize
 from kernels.reference_moe import Activation, Routing, clamped_swiglu
 from workers.models.layer_weights import Mlp, SparseMlp
 from workers.models.linear import make_linear
@@ -94,15 +96,15 @@ class LocalExperts:
     """All experts of a layer in this process."""
 
     def __init__(self, moe: MoeSpec, weights: SparseMlp[Weight], ops: Ops) -> None:
-        first, device = float_expert(weights.expert(0)), weights.router.device
+        device = weights.router.device
         self.counts = torch.zeros(moe.num_experts, dtype=torch.int64, device=device)  # tokens given to each
-        self._gate_up = first.gate_up.new_empty(moe.num_experts, *first.gate_up.shape)
-        self._down = first.down.new_empty(moe.num_experts, *first.down.shape)
-        biases = []
+        gate_up, down, biases = ExpertStack(moe.num_experts), ExpertStack(moe.num_experts), []
         for logical in range(moe.num_experts):
-            expert = float_expert(weights.expert(logical))  # one at a time: a layer is never held twice
-            self._gate_up[logical], self._down[logical] = expert.gate_up, expert.down
+            expert = weights.expert(logical)  # one at a time: a layer is never held twice
+            gate_up.put(logical, expert.gate_up)
+            down.put(logical, expert.down)
             biases.append((expert.gate_up_bias, expert.down_bias))
+        self._gate_up, self._down = gate_up.whole(), down.whole()
         gate_up_biases, down_biases = (_stacked(column) for column in zip(*biases, strict=True))
         self._biases = (
             None if gate_up_biases is None or down_biases is None else (gate_up_biases, down_biases)
@@ -121,10 +123,12 @@ def local_experts(index: int, spec: DecoderSpec, weights: SparseMlp[Weight], ops
 
 
 def float_expert(expert: Mlp[Weight]) -> Mlp[Tensor]:
-    """Routed experts are not kept quantized, see load_weights."""
-    assert isinstance(expert.gate_up, Tensor), "experts come as floats"
-    assert isinstance(expert.down, Tensor), "experts come as floats"
-    return Mlp(expert.gate_up, expert.gate_up_bias, expert.down, expert.down_bias)
+    """Of an expert that is kept quantized, its floats: for ranks that pass experts on to one another."""
+    gate_up, down = (
+        part if isinstance(part, Tensor) else dequantize(part).to(part.dtype)
+        for part in (expert.gate_up, expert.down)
+    )
+    return Mlp(gate_up, expert.gate_up_bias, down, expert.down_bias)
 
 
 def _stacked(biases: tuple[Tensor | None, ...]) -> Tensor | None:

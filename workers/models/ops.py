@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from kernels.attention_step import AttentionStep, HeadNorms
 from kernels.paged_kv import PagedKv
+from kernels.quantized_experts import Experts
 from kernels.reference import rms_norm, rope_rotate, silu_mul
 from kernels.reference_attention import AttentionPlan
 from kernels.reference_moe import Routing, clamped_swiglu, combine, grouped_mlp, permute, route
@@ -93,8 +94,8 @@ class Ops(Protocol):
         x: Tensor,
         weights: Tensor,
         experts: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
+        gate_up: Experts,
+        down: Experts,
         biases: Biases,
         clamp: Clamp,
         given: Tensor,
@@ -146,8 +147,8 @@ class _TorchOps:
         x: Tensor,
         weights: Tensor,
         experts: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
+        gate_up: Experts,
+        down: Experts,
         biases: Biases,
         clamp: Clamp,
         given: Tensor,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 GROUP = 32  # inputs that share a scale
 Q8_OFFSET = 128
+SHARED = (128, 64, GROUP)
 FP8_GROUP = 128  # inputs that share a scale in float8, where not all do
 
 GroupFormat = Literal["q8", "q4"]
@@ -31,12 +32,15 @@ class GroupedWeight:
     d: NDArray[np.float16]  # [n, k / 32]
     m: NDArray[np.float16] | None = None  # [n, k / 32]; q4 only
     order: NDArray[np.int32] | None = None  # [k], a permutation; the native kernels have none
+    shared: int = GROUP  # neighbouring inputs whose groups are known to be alike: 32, 64 or 128
 
     def __post_init__(self) -> None:
         n, k = self.q.shape
         expected = (n, k // GROUP)
         minima = [] if self.m is None else [self.m]
         assert k % GROUP == 0, f"{k} inputs are no multiple of {GROUP}"
+        assert self.shared in SHARED, self.shared
+        assert k % self.shared == 0, f"{self.shared} of {k} inputs"
         assert (self.m is not None) == (self.format == "q4"), f"{self.format} with m {self.m is not None}"
         assert self.q.dtype == np.uint8, self.q.dtype
         for part in (self.d, *minima):
@@ -174,7 +178,13 @@ def concat_rows(parts: Sequence[Quantized]) -> Quantized:
         q=q,
         d=np.concatenate([part.d for part in grouped]),
         m=np.concatenate(minima) if minima else None,
+        shared=min(part.shared for part in grouped),
     )
+
+
+def widest_shared(*sizes: int) -> int:
+    """The widest that divides all of `sizes`, multiples of 32."""
+    return next(shared for shared in SHARED if not any(size % shared for size in sizes))
 
 
 def cut_rows(matrix: Quantized, rows: range) -> Quantized:
@@ -207,4 +217,5 @@ def cut_columns(matrix: Quantized, columns: range) -> Quantized | None:
         matrix.q[:, part],
         matrix.d[:, groups],
         None if matrix.m is None else matrix.m[:, groups],
+        shared=widest_shared(matrix.shared, columns.start, columns.stop),
     )

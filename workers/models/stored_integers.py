@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers.models.errors import ModelError
-from workers.models.quantized import GROUP, Q8_OFFSET, ChannelWeight, GroupedWeight, Quantized
+from workers.models.quantized import GROUP, Q8_OFFSET, ChannelWeight, GroupedWeight, Quantized, widest_shared
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,7 @@ def neutral(
         )
     if bits == 8 and groups == 1:
         return ChannelWeight((q - np.uint8(Q8_OFFSET)).view(np.int8), np.ascontiguousarray(scale[:, 0]))
-    repeats = k // GROUP // groups
+    repeats, shared = k // GROUP // groups, widest_shared(k // groups)
     with np.errstate(over="ignore"):
         d = scale.astype(np.float16)
         m = (-scale * zero).astype(np.float16)
@@ -49,7 +49,9 @@ def neutral(
         raise ModelError(f"{module} has scales beyond float16's range, which the kernels read")
     d = d.repeat(repeats, 1)
     q = np.ascontiguousarray(q)
-    return GroupedWeight("q8", q, d) if bits == 8 else GroupedWeight("q4", q, d, m.repeat(repeats, 1))
+    if bits == 8:
+        return GroupedWeight("q8", q, d, shared=shared)
+    return GroupedWeight("q4", q, d, m.repeat(repeats, 1), shared=shared)
 
 
 def need(tensor: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.attention_step import AttentionStep, HeadNorms
 from kernels.paged_kv import PagedKv
+from kernels.quantized_experts import Experts
 from kernels.reference_moe import Routing
 from kernels.triton.attention import paged_attention
 from kernels.triton.moe import fused_experts
@@ -52,8 +53,8 @@ class _TritonOps:
         x: Tensor,
         weights: Tensor,
         experts: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
+        gate_up: Experts,
+        down: Experts,
         biases: Biases,
         clamp: Clamp,
         given: Tensor,

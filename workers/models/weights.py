@@ -12,8 +12,10 @@ from torch import Tensor
 
 from kernels.quantized_matrix import Weight
 from workers.models.device_matrix import on_device
-from workers.models.layer_weights import Layer
+from workers.models.layer_weights import Layer, Mlp
 from workers.models.matrix_form import Matrix, MatrixForm, to_float
+from workers.models.quantize import quantize_q8
+from workers.models.quantized import GroupedWeight
 from workers.models.scheme import FLOATS, Scheme
 from workers.models.spec import DecoderSpec
 from workers.models.weight_source import WeightSource
@@ -51,8 +53,8 @@ def load_weights(
 
     keep_quantized: projections and the head stay in the bits that the scheme has, and are multiplied with as they are.
     Without it the weights are those of the quantized model at the memory of the float one: the oracle of kernels, and
-    how a quantized checkpoint runs where there are none. Embeddings, norms, routers, routed experts and what latent
-    attention folds into its queries are floats in any case.
+    how a quantized checkpoint runs where there are none. Embeddings, norms, routers and what latent attention folds
+    into its queries are floats in any case.
     """
     on_gpu = device.type == "cuda"
     form = MatrixForm(scheme, every_form=keep_quantized, quantize_on=device if on_gpu else None)
@@ -91,14 +93,23 @@ class _Place:
         if value is None:
             return None
         if name == "expert":
-            floats = _Place(self._dtype, self._device)
-            return lambda logical: floats.all_of(value(logical))
+            return lambda logical: self.all_of(_inputs_in_order(value(logical)))
         if name in ("attention", "mlp", "shared"):
             return self.all_of(value)
         if name in _PRODUCTS:
             return self.product(value)
         # Rounding the router would send tokens to other experts.
         return self(value, torch.float32 if name in ("router", "router_bias", "correction_bias") else None)
+
+
+def _inputs_in_order(expert: Mlp[Matrix]) -> Mlp[Matrix]:
+    """Matrices whose inputs are scattered in eight bits, in the model's order: experts' kernels take no other."""
+
+    def ordered(matrix: Matrix) -> Matrix:
+        scattered = isinstance(matrix, GroupedWeight) and matrix.order is not None
+        return quantize_q8(to_float(matrix)) if scattered else matrix
+
+    return replace(expert, gate_up=ordered(expert.gate_up), down=ordered(expert.down))
 
 
 class _Layers:

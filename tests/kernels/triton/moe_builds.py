@@ -9,7 +9,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels.quantized_matrix import PAIR
 from kernels.triton import moe, moe_align, moe_route
+from tests.kernels.triton.matmul_builds import FORMATS
 
 TYPES = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
 
@@ -21,21 +23,35 @@ def build(kernel: Any, architecture: int, arguments: dict[str, str], constants: 
 
 
 @pytest.mark.parametrize(
-    ("architecture", "dtype", "biased"), [(80, "bf16", True), (90, "fp32", True), (90, "fp16", False)]
+    ("architecture", "dtype", "biased", "stored"),
+    [
+        (80, "bf16", True, None),
+        (90, "fp16", False, ("int4", 64)),
+        pytest.param(80, "bf16", True, ("fp8 by hand", 0), marks=pytest.mark.slow),
+        pytest.param(90, "bf16", False, ("fp8", 128), marks=pytest.mark.slow),
+        pytest.param(90, "fp32", True, None, marks=pytest.mark.slow),
+    ],
 )
-def test_experts(architecture: int, dtype: str, biased: bool) -> None:
+def test_experts(architecture: int, dtype: str, biased: bool, stored: tuple[str, int] | None) -> None:
     values, blocks = TYPES[dtype], {"rows": "*i32", "experts": "*i32"}
-    tile = {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32 if dtype == "fp32" else 64}
-    sizes = dict.fromkeys(("count", "num_experts", "top_k", "hidden", "inner"), "i32")
+    matrix = {"w": values, "scale": values, "minimum": values}
+    form = {"FORMAT": 0, "GROUP": 0, "DEPTH": 32 if dtype == "fp32" else 64}
+    if stored is not None:
+        format, pointer, depth = FORMATS[stored[0]]
+        form = {"FORMAT": format, "GROUP": stored[1], "DEPTH": min(depth, stored[1] or depth)}
+        matrix = {"w": pointer, "scale": "*fp32", "minimum": "*fp32"}
+    tile = {"ROWS": 64, "COLUMNS": 64, "HALF": PAIR, **form}
+    sizes = dict.fromkeys(("count", "num_experts", "top_k", "hidden", "inner", "width"), "i32")
     first = (
-        dict.fromkeys(("x", "w", "bias", "middle"), values)
+        dict.fromkeys(("x", "bias", "middle"), values)
+        | matrix
         | blocks
         | sizes
         | {"alpha": "fp32", "limit": "fp32"}
     )
     ptx = [build(moe._gate_up, architecture, first, {"BIASED": biased, "CLAMPED": biased, **tile})]
     del sizes["top_k"]
-    second = dict.fromkeys(("middle", "w", "bias"), values) | {"weights": "*fp32", "results": "*fp32"}
+    second = dict.fromkeys(("middle", "bias"), values) | {"weights": "*fp32", "results": "*fp32"} | matrix
     ptx.append(build(moe._down, architecture, second | blocks | sizes, {"BIASED": biased, **tile}))
     if dtype != "fp32":  # by the matrix units
         assert all("mma" in text for text in ptx)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor
 
 from kernels import reference_moe as reference
+from kernels.quantized_experts import ExpertStack
 from kernels.reference import silu_mul
 from kernels.reference_moe import Routing, clamped_swiglu
 from kernels.triton.moe import fused_experts
 from kernels.triton.moe_align import align
 from kernels.triton.moe_route import route
+from tests.kernels.triton.matmul_cases import quantized
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter multiplies bfloat16 as if its bits were whole numbers (triton 3.6): numpy has no such type.
@@ -122,6 +125,30 @@ def test_experts(tokens: int, dtype: torch.dtype, form: str) -> None:
     assert mine.dtype == torch.float32
     tolerance = 1e-5 if dtype == torch.float32 else 0.01
     assert (mine - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("format", "group"), [("int8", 0), ("int8", 32), ("int4", 64), ("int4", 32), ("fp8", 0), ("fp8", 128)]
+)
+def test_quantized_experts(format: str, group: int) -> None:
+    """Against the same values as floats; experts of 96 inputs, which fill no tile."""
+    hidden, inner, experts, tokens, routing = 192, 96, 5, 7, Routing(2, normalize=True)
+    if group == 64:
+        inner = 128
+    gate_up, down = ExpertStack(experts), ExpertStack(experts)
+    for expert in range(experts):
+        for stack, n, k in ((gate_up, 2 * inner, hidden), (down, hidden, inner)):
+            part = quantized(format, n, k, k if group == 128 and k % 128 else group)
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(expert)).to(DEVICE)
+            stack.put(expert, replace(part, dtype=torch.float32).picked(order))
+    given = gate_up.whole(), down.whole()
+    x = normal(tokens, hidden)
+    weights, chosen = reference.route(normal(tokens, experts, seed=9) * 4, routing)
+    mine = fused_experts(x, weights, chosen, *given)
+    floats = [torch.stack([matrices[expert] for expert in range(experts)]) for matrices in given]
+    order, counts = reference.permute(chosen, experts)
+    wanted = reference.combine(reference.grouped_mlp(x[order // 2], counts, *floats), order, weights)
+    assert (mine - wanted).abs().max() <= 2e-5 * wanted.abs().max()
 
 
 def test_what_does_not_go_together_is_refused() -> None:

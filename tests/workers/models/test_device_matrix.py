@@ -33,8 +33,8 @@ def in_groups(form: str, group: int, ordered: bool = False, k: int = 192) -> Gro
     d, m = (random.normal(size=(6, k // group)).astype(np.float16).repeat(group // 32, 1) for _ in range(2))
     order = random.permutation(k).astype(np.int32) if ordered else None
     if form == "q4":
-        return GroupedWeight("q4", random.integers(0, 16, (6, k), np.uint8), d, m, order)
-    return GroupedWeight("q8", random.integers(0, 256, (6, k), np.uint8), d, None, order)
+        return GroupedWeight("q4", random.integers(0, 16, (6, k), np.uint8), d, m, order, group)
+    return GroupedWeight("q8", random.integers(0, 256, (6, k), np.uint8), d, None, order, group)
 
 
 def blocks(k: int = 192) -> Fp8Weight:
@@ -92,6 +92,20 @@ def test_parts_are_cut_and_stacked(name: str) -> None:
         assert np.array_equal(cut.dequantize(), values[:, 128:])
     inside_a_group = cut_columns(neutral, range(16, 32))
     assert (inside_a_group is None) == (name not in ("channels", "fp8"))
+
+
+def test_what_stacks_and_cuts_leave_of_wide_groups() -> None:
+    wide, narrow = in_groups("q4", 128, k=384), in_groups("q4", 32, k=384)
+    both = concat_rows([wide, narrow])
+    assert isinstance(both, GroupedWeight)
+    assert both.shared == 32
+    for columns, shared in ((range(0, 256), 128), (range(64, 128), 64), (range(32, 384), 32)):
+        cut = cut_columns(wide, columns)
+        assert isinstance(cut, GroupedWeight)
+        assert cut.shared == shared
+        assert np.array_equal(
+            dequantize(on_device(cut, torch.float32, CPU)).numpy(), wide.dequantize()[:, columns]
+        )
 
 
 def test_only_like_orders_and_groups_are_stacked() -> None:

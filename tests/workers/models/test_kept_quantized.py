@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from kernels.quantized_experts import ExpertStack
 from kernels.quantized_matrix import QuantizedMatrix
 from tests.workers.models.test_decoder import BLOCK_SIZE, CPU, Sequence, step
-from tests.workers.models.test_stored_forms import CASES, write
+from tests.workers.models.test_stored_forms import CASES, scatter, write
 from workers.models.checkpoint import read_json
 from workers.models.decoder import Decoder
+from workers.models.device_matrix import on_device
+from workers.models.moe import float_expert
+from workers.models.quantize import quantize_channels, quantize_q8
 from workers.models.random_model import write_random_model
 from workers.models.scheme import Scheme, SchemeName
 from workers.models.spec import DecoderSpec
@@ -36,7 +41,14 @@ def logits(path: Path, weights: DecoderWeights) -> Tensor:
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [("llama", "int8"), ("qwen2", "int4"), ("qwen3", "fp8"), ("deepseek_v3", "fp8"), ("gpt_oss", "int8")],
+    [
+        ("llama", "int8"),
+        ("qwen2", "int4"),
+        ("qwen3", "fp8"),
+        ("deepseek_v3", "fp8"),
+        ("gpt_oss", "int8"),
+        ("mixtral", "int4"),
+    ],
 )
 def test_the_same_logits(tmp_path: Path, family: str, name: SchemeName) -> None:
     path = write_random_model(tmp_path, family)
@@ -65,10 +77,10 @@ def test_what_stays_floats(tmp_path: Path) -> None:
     assert weights.embedding.shape == weights.head.shape  # tied: the values of the head
     layers = list(load(write_random_model(tmp_path / "mla", "deepseek_v3"), "fp8", True).layers)
     attention, mlp = layers[-1].attention, layers[-1].mlp
-    floats = (attention.kv_up, attention.kv_norm, mlp.router, mlp.expert(0).gate_up, layers[-1].mlp_norm)  # type: ignore[union-attr]
+    floats = (attention.kv_up, attention.kv_norm, mlp.router, layers[-1].mlp_norm)  # type: ignore[union-attr]
     assert all(isinstance(part, Tensor) for part in floats)
-    kept = (attention.down, attention.output, mlp.shared.down)  # type: ignore[union-attr]
-    assert [part.format for part in kept if isinstance(part, QuantizedMatrix)] == ["fp8"] * 3
+    kept = (attention.down, attention.output, mlp.shared.down, mlp.expert(0).gate_up)  # type: ignore[union-attr]
+    assert [part.format for part in kept if isinstance(part, QuantizedMatrix)] == ["fp8"] * 4
 
 
 def test_memory_is_that_of_the_bits(tmp_path: Path) -> None:
@@ -79,3 +91,36 @@ def test_memory_is_that_of_the_bits(tmp_path: Path) -> None:
         assert isinstance(down, QuantizedMatrix)
         sizes[name] = down.nbytes * 8 / (256 * 512)
         assert sizes[name] == pytest.approx(bits, rel=0.02)
+
+
+def test_experts_that_are_passed_on_are_floats(tmp_path: Path) -> None:
+    path = write_random_model(tmp_path, "mixtral")
+    kept, floats = (next(iter(load(path, "int8", keep).layers)).mlp.expert(1) for keep in (True, False))  # type: ignore[union-attr]
+    assert isinstance(kept.down, QuantizedMatrix)
+    assert torch.equal(float_expert(kept).down, floats.down)
+    assert torch.equal(float_expert(kept).gate_up, floats.gate_up)
+
+
+def test_experts_with_scattered_inputs_come_in_order(tmp_path: Path) -> None:
+    packed = write(tmp_path, CASES["gptq g32"], {"model_type": "qwen3_moe"})
+    values = scatter(tmp_path, packed, alike=True)
+    assert any("experts" in name for name in values)
+    kept, floats = (
+        next(iter(load(tmp_path, "stored", keep).layers)).mlp.expert(0)  # type: ignore[union-attr]
+        for keep in (True, False)
+    )
+    assert isinstance(kept.gate_up, QuantizedMatrix)
+    assert (kept.gate_up.format, kept.gate_up.order) == ("int8", None)
+    assert torch.equal(float_expert(kept).gate_up, floats.gate_up)
+    prefix = "model.layers.0.mlp.experts.0."
+    exact = np.concatenate([values[f"{prefix}{part}_proj"] for part in ("gate", "up")])
+    assert np.abs(floats.gate_up.numpy() - exact).max() <= 0.1 * 15 / 127 / 2 + 0.002
+
+
+def test_unlike_experts_are_told() -> None:
+    stack, weight = ExpertStack(2), torch.ones(4, 64)
+    stack.put(0, on_device(quantize_q8(weight), torch.float32, CPU))
+    with pytest.raises(
+        ValueError, match=r"expert 1 is int8 \[4, 64\] by 64, others are int8 \[4, 64\] by 32"
+    ):
+        stack.put(1, on_device(quantize_channels(weight), torch.float32, CPU))
