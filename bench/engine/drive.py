@@ -6,7 +6,7 @@ import gc
 import itertools
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -72,8 +72,12 @@ def fill_kv(engine: Engine) -> None:
     engine.runner.kv_cache.view(torch.uint8).fill_(_KV_BYTE)
 
 
-def decode(engine: Engine, case: Case, steps: int) -> list[float]:
-    """Seconds of each step. The context is taken as if it had come from a prefill worker: no prompt is computed."""
+def decode(engine: Engine, case: Case, steps: int, step: Callable[[], object] | None = None) -> list[float]:
+    """Seconds of each step. The context is taken as if it had come from a prefill worker: no prompt is computed.
+
+    `step`: what makes one; None: `engine.step`.
+    """
+    step = step or engine.step
     rng = random.Random(0)
     requests = []
     with engine.lock:
@@ -87,7 +91,7 @@ def decode(engine: Engine, case: Case, steps: int) -> list[float]:
     times = []
     for _ in range(WARM_STEPS + steps):
         began = time.perf_counter()
-        engine.step()
+        step()
         times.append(time.perf_counter() - began)
     with engine.lock:
         for request in requests:

@@ -101,11 +101,17 @@ class Bench:
         case = Case("decode", batch, self.context)
         decode(self.engine, case, 4)  # compiles, captures
         with waits_for_gpu() as waits:
-            times = decode(self.engine, case, self.steps)
+            waited: list[float] = []  # in each step
+
+            def step() -> None:
+                before = len(waits)
+                self.engine.step()
+                waited.append(sum(waits[before:]))
+
+            times = decode(self.engine, case, self.steps, step)
         work = decode_work(self.spec, self.format, self.kv_token_bytes, batch, self.context + self.steps // 2)
         # Their mean and not the median: with a step begun before the last has ended, times of single calls mean little.
         step_s = statistics.mean(times)
-        waited = sum(waits[-len(times) :]) if len(waits) >= len(times) else None
         self.rows.add(
             case="decode step",
             batch=batch,
@@ -113,7 +119,7 @@ class Bench:
             ms=None if self.tiny else step_s * 1e3,
             tokens_per_s=None if self.tiny else batch / step_s,
             **self._beside_floor(work, step_s),
-            cpu_ms=None if waited is None else (sum(times) - waited) / len(times) * 1e3,
+            cpu_ms=None if self.tiny else (step_s - statistics.mean(waited[-len(times) :])) * 1e3,
         )
 
     def _beside_floor(self, work: Work, seconds: float) -> dict[str, float | None]:
