@@ -61,7 +61,18 @@ async def test_right_tokens_from_prefill_to_decode(
 
 
 @pytest.mark.timeout(120)
-async def test_streams_survive_the_loss_of_a_rank(model: Path, oracle: Oracle) -> None:
+@pytest.mark.parametrize(
+    ("rank", "how"),
+    [
+        (1, signal.SIGKILL),
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
+    ],
+    ids=["rank 1 killed", "rank 0 killed", "rank 1 stopped"],
+)
+async def test_streams_survive_the_loss_of_a_rank(
+    model: Path, oracle: Oracle, rank: int, how: signal.Signals
+) -> None:
     """Its worker ends as a whole; streams go on in the other one, and a new life serves beside it."""
     given = prompts(8)
     async with LocalCluster(
@@ -71,16 +82,20 @@ async def test_streams_survive_the_loss_of_a_rank(model: Path, oracle: Oracle) -
         tensor_parallel={"decode": 2},
         router={"timeout_s": 3.0, "heartbeat_s": 0.2},
     ) as cluster:
-        asking = asyncio.ensure_future(cluster.ask_all(given, max_tokens=200, ignore_eos=True))
+        asking = asyncio.ensure_future(cluster.ask_all(given, max_tokens=120, ignore_eos=True))
         await cluster.wait_for_tokens(100)
         assert not asking.done(), "too late to disturb anything"
-        victim = cluster.processes["decode-0"]
-        victim.followers[0].signal(signal.SIGKILL)
-        assert victim.child is not None
-        assert await asyncio.to_thread(victim.child.ended, 30), "rank 0 lives on without rank 1"
+        process = cluster.processes["decode-0"]
+        assert process.child is not None
+        ranks = [process.child, *process.followers]
+        ranks.pop(rank).signal(how)
+        assert await asyncio.to_thread(ranks[0].ended, 30), "the other rank lives on"
+        for follower in process.followers:
+            follower.signal(signal.SIGCONT)
+            assert await asyncio.to_thread(follower.ended, 30)
         cluster.launch("decode-0")
         for prompt, answer in zip(given, await asking, strict=True):
-            assert len(answer.tokens) == 200
+            assert len(answer.tokens) == 120
             assert oracle.fault(prompt, answer.tokens) is None
         await cluster.wait_for_workers()
         await cluster.assert_at_rest()
