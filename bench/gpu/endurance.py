@@ -3,8 +3,8 @@
 python -m bench.gpu.endurance [--json FILE]
 
 growth: 10,000 short requests, a fifth of them cancelled, 256 at a time; what torch, the GPU and this process hold after
-every tenth. start: a KV cache larger than the GPU must be refused with the sizes. run: prompts while something else has
-taken nearly all memory must still be answered.
+some of them. start: a KV cache takes what there is room for, one larger than the GPU is refused with the sizes. run:
+prompts are answered while something else has taken nearly all memory.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +86,30 @@ def _held(rehearse: bool) -> dict[str, int]:
 
 
 def start(rows: Rows, path: Path) -> None:
-    _, total = torch.cuda.mem_get_info()
-    block_bytes = 4 * 2 * 8 * 16 * 128 * 2
-    try:
-        Engine(settings(False, num_blocks=2 * total // block_bytes), model.prepared(path))
-    except Exception as error:  # noqa: BLE001  # which it is, is what is looked at
-        rows.add(case="too large a KV cache", error=type(error).__name__, message=str(error)[:400])
-    else:
-        rows.add(case="too large a KV cache", failed="it was not refused")
+    began = time.monotonic()
+    engine = Engine(
+        settings(False, max_num_seqs=_AT_A_TIME, max_num_batched_tokens=8192), model.prepared(path)
+    )
+    free, total = torch.cuda.mem_get_info()
+    held = engine.num_blocks * engine.layout.block_bytes
+    taken = {"cache_bytes": held, "gpu_bytes": total - free, "total_bytes": total}
+    rows.add(case="a KV cache as large as there is room", seconds=time.monotonic() - began, **taken)
+    too_many = 2 * total // engine.layout.block_bytes
+    del engine
+    gc.collect()
+    torch.cuda.empty_cache()
+    for case, change in (
+        ("a KV cache larger than the GPU", {"num_blocks": too_many}),
+        ("a share of the GPU that is too small", {"gpu_memory_utilization": 0.01}),
+    ):
+        try:
+            Engine(settings(False, **change), model.prepared(path))
+        except ValueError as error:
+            rows.add(case=case, message=str(error)[:600])
+        else:
+            rows.add(case=case, failed="it was not refused")
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def run(rows: Rows, path: Path) -> None:
