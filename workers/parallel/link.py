@@ -45,6 +45,11 @@ class RankLink:
         with self._sending:
             send_frame_with_fds(self._sock, message, [] if fd is None else [fd])
 
+    def send_frame(self, frame: bytes) -> None:
+        """What `workers.protocol.frames.encode` has made. Raises as `send`."""
+        with self._sending:
+            self._sock.sendall(frame)
+
     def receive(self) -> tuple[Any, int | None]:
         """A message, and the descriptor beside it, which is the caller's to close.
 

@@ -25,7 +25,7 @@ from workers.parallel.messages import Beat, Begin, Broken, Fits, Meet, Ready, St
 from workers.parallel.process_group import GroupError, RankGroup, open_store
 from workers.parallel.rank_memory import lent_memory
 from workers.parallel.shard import Shard
-from workers.protocol.frames import ProtocolError
+from workers.protocol.frames import ProtocolError, encode
 from workers.protocol.messages import KvLayout, WorkerInfo
 from workers.transfer.block_memory import BlockMemory
 
@@ -128,9 +128,10 @@ class Team:
             threading.Thread(target=self._group.close, name="ranks-part", daemon=True).start()
 
     def _tell(self, message: Any) -> None:
+        frame = encode(message)
         for rank, link in enumerate(self._links, 1):
             try:
-                link.send(message)
+                link.send_frame(frame)
             except OSError as error:
                 raise self.lose(f"rank {rank} takes nothing: {error}") from error
 
