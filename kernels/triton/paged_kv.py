@@ -12,7 +12,7 @@ import triton.language as tl
 from kernels.paged_kv import PagedKv
 from kernels.triton.relayout import _from_e4m3, _to_e4m3
 
-__all__ = ["PagedKv", "load_rows", "operand_type", "store_rows"]
+__all__ = ["PagedKv", "kept_in_rows", "load_rows", "operand_type", "store_rows"]
 
 
 def operand_type(dtype: torch.dtype) -> tl.dtype:
@@ -46,6 +46,18 @@ def load_rows(
         else:
             rows = stored.to(tl.float8e4nv, bitcast=True).to(OPERAND)
     return rows, scale
+
+
+@triton.jit
+def kept_in_rows(x, FORMAT: tl.constexpr, OPERAND: tl.constexpr):
+    """x of a quantized cache, of OPERAND: the compiler may not move what made it so behind a change of layout.
+
+    A matrix unit takes values by column. The compiler would fetch those from shared memory as bytes, one at a time, and
+    widen them there; 16 bits it transposes on the way. So a row is widened as it was loaded.
+    """
+    if FORMAT != 0 and (OPERAND == tl.bfloat16 or OPERAND == tl.float16):
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+    return x
 
 
 @triton.jit
