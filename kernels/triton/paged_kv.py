@@ -49,13 +49,13 @@ def load_rows(
 
 
 @triton.jit
-def kept_in_rows(x, FORMAT: tl.constexpr, OPERAND: tl.constexpr):
-    """x of a quantized cache, of OPERAND: the compiler may not move what made it so behind a change of layout.
+def kept_in_rows(x, FORMAT: tl.constexpr):
+    """x, rows that were widened: the compiler may not move that behind a change of layout.
 
     A matrix unit takes values by column. The compiler would fetch those from shared memory as bytes, one at a time, and
     widen them there; 16 bits it transposes on the way. So a row is widened as it was loaded.
     """
-    if FORMAT != 0 and (OPERAND == tl.bfloat16 or OPERAND == tl.float16):
+    if FORMAT != 0 and x.dtype.primitive_bitwidth == 16:
         x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
     return x
 
