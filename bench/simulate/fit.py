@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,6 +102,8 @@ def _drive(
     with engine.lock:
         for stream in streams:
             engine.scheduler.cancel(stream.request_id)
+    while engine.scheduler.has_work:  # a step may have been scheduled ahead
+        engine.step()
     return steps
 
 
@@ -110,18 +113,17 @@ class Watch:
     def __init__(self, engine: Engine, clock: Clock) -> None:
         self._engine = engine
         self._clock = clock
-        self._plan: Plan | None = None
+        self._plans: deque[Plan] = deque()  # begun and not ended
         self._to_read: dict[tuple[str, int], int] = {}
 
     def step(self, deliver: Callable[[StepResult], None] = lambda result: None) -> Step:
-        self._plan = None
         began = self._clock()
         self._engine.step(deliver, self._begin)
         seconds = self._clock() - began
-        assert self._plan is not None, "there was nothing to compute"
+        assert self._plans, "there was nothing to compute"
         tokens = sequences = context = 0
         pairs = 0.0
-        for item in self._plan.items:
+        for item in self._plans.popleft().items:
             request = item.request
             known = self._to_read[request.request_id, request.preemptions]
             if item.start < known:
@@ -133,7 +135,7 @@ class Watch:
         return Step(tokens, pairs, sequences, context, seconds)
 
     def _begin(self, plan: Plan, layers_done: Any) -> None:
-        self._plan = plan
+        self._plans.append(plan)
         for item in plan.items:
             request = item.request
             # What is known when it is first seen is its prompt; a stream that was committed has one token more.

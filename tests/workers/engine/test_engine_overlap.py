@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench.simulate.fit import Watch
 from tests.workers.engine.late_runner import Late
 from workers.config import EngineConfig
 from workers.engine.engine import Completion, Engine, StepFailed
@@ -166,3 +167,19 @@ def test_without_memory_steps_are_smaller(model: PreparedModel) -> None:
     same(engine.generate([PROMPTS[3]], SAMPLINGS[0]), [expected])
     assert sizes[0] == 32
     assert 8 in sizes
+
+
+def test_what_times_steps_takes_each_for_what_it_is(model: PreparedModel) -> None:
+    def steps(engine: Engine) -> list[tuple[int, float, int, int]]:
+        with engine.lock:
+            engine.scheduler.add(Request(Work("a", list(range(5, 75)), SAMPLINGS[2])))
+        watch = Watch(engine, lambda: 0.0)
+        found = []
+        while engine.scheduler.has_work:
+            step = watch.step()
+            found.append((step.tokens, step.pairs, step.sequences, step.context))
+        return found
+
+    engine = make_engine(model)
+    overlapping(engine)
+    assert steps(engine) == steps(make_engine(model))
