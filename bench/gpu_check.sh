@@ -78,7 +78,7 @@ EQUALS=tests/workers/engine/test_cuda_equals_cpu.py
 tests "$(basename "$EQUALS" .py)" 110 "${MANY[@]}" -m gpu "$EQUALS"
 bench kernels 90 bench.gpu --seconds 75
 bench peers 110 bench.gpu.peers "${WITH[@]}" --each 40
-bench engine_fp8 80 bench.gpu.engine "${WITH[@]}" --quantization fp8 --parts decode,prefill
+bench engine_fp8 80 bench.gpu.engine "${WITH[@]}" --quantization fp8 --parts decode,prefill,profile
 bench disaggregation 90 bench.gpu.disaggregation "${WITH[@]}"
 bench endurance 60 bench.gpu.endurance
 step bench.nccl 30 "$PYTHON" -m kernels.nccl_tests all_reduce -b 1M -e 64M -f 8 --json "$RAW/bench.nccl.json"

@@ -5,7 +5,8 @@ python -m bench.gpu.engine [--quantization fp8] [--parts decode,prefill,throughp
 
 decode: a step of 1 to 256 sequences with 1,024 tokens of context each, beside the time to read weights and KV once at
 the copy bandwidth of the same run, and the CPU's time: a step's less what its thread waited for the GPU. prefill: a
-prompt of 8,192 tokens, as a share of the matmul rate. throughput: 256 requests at a time through to their ends.
+prompt of 8,192 tokens, as a share of the matmul rate. throughput: 256 requests at a time through to their ends. profile:
+the kernels of decode steps and of a prompt that take the most time.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from bench.engine.drive import Case, decode, fill_kv, prefill
 from bench.engine.model_bytes import WeightFormat, Work, decode_work, prefill_work
@@ -31,9 +33,10 @@ from workers.models.checkpoint import read_json
 from workers.models.spec import DecoderSpec
 from workers.protocol.messages import Sampling
 
-PARTS = ("decode", "prefill", "throughput")
+PARTS = ("decode", "prefill", "throughput", "profile")
 _FORMATS: dict[str, WeightFormat] = {"none": "bf16", "fp8": "fp8", "int8": "int8", "int4": "int4"}
 _BLOCK = 16
+_PROFILED = 12  # kernels
 _SPARE_BYTES = 12 << 30  # activations, graphs, libraries, and what else holds memory
 
 
@@ -80,7 +83,7 @@ class Bench:
             kernels=self.engine.runner.kernels,
             changes=json.dumps(changes),
         )
-        captured = getattr(self.engine.runner, "captured", None)
+        captured = self.engine.runner.captured
         if captured is not None:
             rows.note(
                 graphs=len(captured.graphs), capture_s=captured.seconds, graphs_bytes=captured.num_bytes
@@ -162,6 +165,34 @@ class Bench:
                 output_tokens=tokens,
                 seconds=None if self.tiny else seconds,
                 tokens_per_s=None if self.tiny else tokens / seconds,
+            )
+
+    def profile(self) -> None:
+        decodes = [Case("decode", batch, self.context) for batch in self.batches if batch in (1, 2, 64)]
+        for case in [*decodes, Case("prefill", 1, self.prompt)]:
+            with self.rows.part(f"profile of {case}") as time_left:
+                if time_left:
+                    self._profile(case)
+
+    def _profile(self, case: Case) -> None:
+        seen = ProfilerActivity.CPU if self.tiny else ProfilerActivity.CUDA
+        with profile(activities=[seen]) as found:
+            if case.kind == "decode":
+                decode(self.engine, case, 8)
+            else:
+                prefill(self.engine, case)
+        events = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)
+        whole = sum(event.self_device_time_total for event in events)
+        for event in events[:_PROFILED]:
+            spent = event.self_device_time_total
+            self.rows.add(
+                case=f"kernel of {case.kind}",
+                batch=case.batch,
+                context=case.context,
+                kernel=event.key[:90],
+                calls=event.count,
+                us_each=None if self.tiny else spent / event.count,
+                share_of_gpu=None if self.tiny else spent / whole,
             )
 
     def _generate(self, asks: list[workload.Ask], most: int | None) -> int:

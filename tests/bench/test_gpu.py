@@ -20,7 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(
     "groups",
-    [["layer"], pytest.param(["attention", "matmul", "experts", "sampling", "relayout"], marks=pytest.mark.slow)],
+    [
+        ["layer"],
+        pytest.param(["attention", "matmul", "experts", "sampling", "relayout"], marks=pytest.mark.slow),
+    ],
     ids=",".join,
 )
 def test_rehearsal(groups: list[str]) -> None:
@@ -75,7 +78,7 @@ def test_engine_programs_rehearse(program: str, tmp_path: Path, monkeypatch: pyt
 
 
 CASES = {
-    "engine": {"decode step", "prefill", "throughput"},
+    "engine": {"decode step", "prefill", "throughput", "kernel of decode", "kernel of prefill"},
     "endurance": {"growth"},
     "disaggregation": {"no prompts", "read by the same worker", "read by a prefill worker"},
     "peers": {"transformers, continuous", "transformers, static"},
