@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,13 +40,13 @@ class Captured:
     num_bytes: int
 
 
-def capture_all(graphs: Graphs, shapes: Iterable[Shape], body_of: Callable[[Shape], Body]) -> Captured:
-    """Largest shapes should come first: all graphs allocate from one pool, and only one runs at a time."""
+def captured_by(graphs: Graphs, capture: Callable[[], dict[Shape, Body]]) -> Captured:
+    """What `capture` captures, and what it takes."""
     began, before = time.perf_counter(), graphs.memory_used()
-    found = {shape: graphs.capture(body_of(shape)) for shape in shapes}
+    found = capture()
     taken = Captured(found, time.perf_counter() - began, graphs.memory_used() - before)
     logger.info(
-        "captured %d graphs in %.1f s, which take %.0f MiB",
+        "captured steps of %d sizes in %.1f s, which take %.0f MiB",
         len(found),
         taken.seconds,
         taken.num_bytes / 2**20,

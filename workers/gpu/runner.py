@@ -27,7 +27,7 @@ from workers.engine.step_input import StepInput
 from workers.gpu.buckets import Buckets, Shape
 from workers.gpu.buffers import Outputs, StagedStep, StepBuffers
 from workers.gpu.device import Device, Mark
-from workers.gpu.graphs import Body, Captured, Graphs, capture_all
+from workers.gpu.graphs import Body, Captured, Graphs, captured_by
 from workers.gpu.sampler import DeviceSampler, Results, choose_best
 from workers.gpu.split import split
 from workers.parallel.collectives import ALONE, Parallel
@@ -82,8 +82,15 @@ class DeviceRunner:
     @torch.inference_mode()
     def capture(self, graphs: Graphs, buckets: Buckets) -> Captured:
         """Steps of these shapes, and no others, run in graphs from here on. While no step runs."""
+
+        def capture() -> dict[Shape, Body]:
+            # The largest first: all graphs allocate from one pool, and only one runs at a time.
+            found = {shape: graphs.capture(self._body(shape)) for shape in buckets.all}
+            self._sampler.capture(graphs, self._logits, self._tokens, {shape.rows for shape in found})
+            return found
+
         with self._queue.use():
-            captured = capture_all(graphs, buckets.all, self._body)
+            captured = captured_by(graphs, capture)
         self.captured, self._buckets = captured, buckets
         return captured
 

@@ -5,7 +5,7 @@ What goes back to the host, tokens and log-probabilities, is queued behind them 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from workers.engine.sampler import SampleInput
 from workers.gpu.adjust import adjust
 from workers.gpu.device import Device
 from workers.gpu.draw import Draw
+from workers.gpu.graphs import Graphs
 from workers.gpu.memo import Memo
 from workers.gpu.upload import upload
 from workers.protocol.messages import TokenLogprobs
@@ -32,6 +33,10 @@ def choose_best(logits: Tensor, tokens: Tensor) -> None:
 class DeviceSampler:
     def __init__(self, device: Device, draw: Draw, eos_token_ids: frozenset[int]) -> None:
         self._device, self._draw, self._eos_token_ids = device, draw, eos_token_ids
+
+    def capture(self, graphs: Graphs, logits: Tensor, tokens: Tensor, sizes: Collection[int]) -> None:
+        """Draws from the first rows of these very buffers, as many as `sizes` say, run in graphs from here on."""
+        self._draw.capture(graphs, logits, tokens, sizes)
 
     def __call__(self, logits: Tensor, tokens: Tensor, inputs: Sequence[SampleInput]) -> Results:
         """Queue the choice of R tokens. logits float32 [R, vocab], changed in place where bias or penalties apply.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from workers.engine.step_input import StepBuilder, StepInput
 from workers.gpu.buckets import Shape
 from workers.gpu.buffers import Outputs, StepBuffers
 from workers.gpu.device import HostDevice
-from workers.gpu.draw import TorchDraw
+from workers.gpu.draw import Draw, TorchDraw
 from workers.gpu.runner import DeviceRunner
 from workers.gpu.sampler import DeviceSampler
 from workers.models.decoder import Decoder
@@ -30,14 +30,14 @@ NUM_BLOCKS = 60
 CAPTURED_ROWS = 16
 
 
-def runner_over(model: Decoder, **settings: Any) -> DeviceRunner:
+def runner_over(model: Decoder, draw: Draw | None = None, **settings: Any) -> DeviceRunner:
     device = HostDevice(torch.device("cpu"))
     outputs = Outputs.of(device.device, 64, CAPTURED_ROWS, model.spec.vocab_size)
     names = {"kernels": "torch", "weights": "float32"}
     return DeviceRunner(
         model,
         model.new_kv_cache(NUM_BLOCKS, BLOCK_SIZE),
-        DeviceSampler(device, TorchDraw(), EOS),
+        DeviceSampler(device, draw or TorchDraw(), EOS),
         StepBuffers(device, Shape(64, CAPTURED_ROWS, 64, 64), MAX_LENGTH // BLOCK_SIZE, BLOCK_SIZE),
         outputs,
         device,
@@ -76,17 +76,16 @@ def step_of(parts: list[tuple[Sequence, int]], carried: dict[Sequence, int] | No
 
 
 class StrictGraphs:
-    """A replay calls the captured function again, and may read only memory that was there before any capture, or that a
-    captured function has allocated, as a graph does: what was made for one step, on the host or the device, is refused."""
+    """A replay calls the captured function again, and may read only memory that was there at its capture, or that a captured
+    function has allocated, as a graph does: what was made for one step, on the host or the device, is refused."""
 
     def __init__(self) -> None:
-        """After all that is to be read was made."""
+        """After what is to be read was made, but for the arguments of captured functions."""
         self.replays = 0
-        there = [one for one in gc.get_objects() if issubclass(type(one), Tensor)]
-        self._known = set(_addresses(there))
+        self._known = set(_addresses([one for one in gc.get_objects() if issubclass(type(one), Tensor)]))
         self._pool: list[
             Tensor
-        ] = []  # what captured functions have allocated. Kept, so that no address is used again
+        ] = []  # what captured functions have allocated: kept, so that no address returns
 
     def capture(self, body: Callable[[], None]) -> Callable[[], None]:
         def replay() -> None:
@@ -94,6 +93,7 @@ class StrictGraphs:
             with _Watched(self._known, self._pool):
                 body()
 
+        self._known.update(_addresses(getattr(body, "args", ())))
         with _Watched(self._known, self._pool):
             body()
         return replay
@@ -120,7 +120,7 @@ class _Watched(TorchDispatchMode):
         return result
 
 
-def _addresses(leaves: list[Any]) -> Iterator[int]:
+def _addresses(leaves: Iterable[Any]) -> Iterator[int]:
     for leaf in leaves:
         if (
             isinstance(leaf, Tensor) and leaf.layout == torch.strided
