@@ -4,9 +4,9 @@ A program has one tile: some query tokens of one sequence under one KV head, the
 the tile, whatever their number (a group of 7 fills 14 rows of 16 with two tokens). It goes once over the keys that the
 tile sees, with the softmax kept running (Milakov & Gimelshein 2018; Dao et al. 2022). A sequence whose queries fit one
 tile is cut over its context besides, each part by a program of its own, the last of which adds the parts up
-(Flash-Decoding, Dao et al. 2023, without a launch for it). The sequence of a tile is found by bisecting query_start, as in vLLM's unified kernel,
-and how long its parts are by its own context, so that neither list nor length comes from the host: a captured launch
-serves any batch of its size.
+(Flash-Decoding, Dao et al. 2023, in one launch). The sequence of a tile is found by bisecting query_start, as in vLLM's
+unified kernel, and how long its parts are by its own context, so that neither list nor length comes from the host: a
+captured launch serves any batch of its size.
 
 Rows of a cache of latents are keys, and in their first dimensions values: they are read once for both.
 """
@@ -17,7 +17,6 @@ Rows of a cache of latents are keys, and in their first dimensions values: they 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -25,58 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention_step import AttentionStep
-from kernels.triton.paged_kv import PagedKv, load_rows, operand_type
+from kernels.triton.paged_kv import PagedKv, kept_in_rows, load_rows, operand_type
+from kernels.triton.tiling import Tiling
+
+__all__ = ["Tiling", "paged_attention"]
 
 LOG2_E = math.log2(math.e)
-
-
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """How the work is cut up. It changes speed, and in the last bits the order of sums."""
-
-    heads: int  # query heads of a tile; they divide those that share a KV head
-    rows: int  # of a tile: a power of two, at least 16 and at least `heads`
-    keys: int  # looked at together: a power of two, at least 16
-    parts: int  # of a context, at most
-    least: int  # keys of a part, at least
-    warps: int = 4
-    stages: int = 2
-
-    @classmethod
-    def choose(
-        cls,
-        group: int,
-        num_kv_heads: int,
-        seqs: int,
-        max_queries: int,
-        max_length: int,
-        dim: int,
-        itemsize: int,
-    ) -> Tiling:
-        """By what is known when a launch is captured. `dim`: of what is summed, the values."""
-        widest = 64 if dim > 128 or itemsize == 4 else 128
-        heads = next(n for n in range(min(group, widest), 0, -1) if group % n == 0)
-        wanted: int = triton.next_power_of_2(heads * max_queries)
-        rows = max(16, triton.next_power_of_2(heads), min(wanted, widest))
-        keys = 64 if dim * itemsize <= 256 else 32
-        # Without parts there are too few programs to keep the memory busy, or one long context is waited for. With many
-        # of them their sums are what is written and read: few sequences get many parts, many get few and long ones.
-        programs = seqs * num_kv_heads * (group // heads)
-        parts = max(4, min(64, _ENOUGH_PROGRAMS // programs))
-        least = 128 if programs <= 64 else 256 if programs <= 256 else 512 if programs <= 1024 else 1024
-        parts = min(parts, triton.cdiv(max_length, least))
-        return cls(
-            heads,
-            rows,
-            keys,
-            parts,
-            least,
-            8 if rows * dim >= 16384 else 4,
-            3 if rows <= 32 and dim <= 256 else 2,
-        )
-
-
-_ENOUGH_PROGRAMS = 1024  # for about 132 multiprocessors that hold several each
 
 
 def paged_attention(
@@ -267,46 +220,57 @@ def _attend(
         total = tl.where(counted, 1.0, 0.0)
     acc = tl.zeros((ROWS, DIM), tl.float32)
     table = tables + seq.to(tl.int64) * table_width
-    for start in range(begin, end, KEYS):
-        key = start + tl.arange(0, KEYS)
-        inside = key < end
-        block = tl.load(table + key // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
-        tile_at = block * stride_block + kv_head * stride_head
-        k, k_scale = load_rows(
-            values, scales, tile_at + k_begin, key % BLOCK_SIZE, inside, column,
-            HEAD_DIM, BLOCK_SIZE, FORMAT, OPERAND,
-        )  # fmt: skip
-        scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
-        if TAIL:
-            tail, _ = load_rows(
-                values, scales, tile_at + k_begin, key % BLOCK_SIZE, inside, behind,
+    # First the keys that all queries see, which need no mask; then what is left.
+    clear = begin
+    if not WINDOWED:
+        seen_by_all = tl.minimum(end, length - count + tile * TOKENS + 1)
+        clear = begin + tl.maximum(0, seen_by_all - begin) // KEYS * KEYS
+    for stage in tl.static_range(1 if WINDOWED else 0, 2):
+        for start in range(clear if stage == 1 else begin, end if stage == 1 else clear, KEYS):
+            key = start + tl.arange(0, KEYS)
+            inside = (key < end) if stage == 1 else tl.full((KEYS,), 1, tl.int1)
+            block = tl.load(table + key // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+            tile_at = block * stride_block + kv_head * stride_head
+            k, k_scale = load_rows(
+                values, scales, tile_at + k_begin, key % BLOCK_SIZE, inside, column,
                 HEAD_DIM, BLOCK_SIZE, FORMAT, OPERAND,
             )  # fmt: skip
-            scores = tl.dot(query_tails, tl.trans(tail), scores, input_precision="ieee")
-        scores *= scale
-        if FORMAT != 0:
-            scores *= k_scale[None, :]
-        if CAPPED:
-            scores = softcap * (1.0 - 2.0 / (tl.exp(scores * (2.0 / softcap)) + 1.0))
-        visible = inside[None, :] & (key[None, :] <= position[:, None])
-        if WINDOWED:
-            visible &= key[None, :] > position[:, None] - window
-        scores = tl.where(visible, scores * LOG2_E, float("-inf"))
-        new = tl.maximum(most, tl.max(scores, axis=1))
-        finite = tl.where(new == float("-inf"), 0.0, new)  # no key seen yet: -inf minus itself would be NaN
-        shrink = tl.exp2(most - finite)
-        weights = tl.exp2(scores - finite[:, None])
-        total = total * shrink + tl.sum(weights, axis=1)
-        most = new
-        v, v_scale = k, k_scale
-        if not ONE_PLANE:
-            v, v_scale = load_rows(
-                values, scales, tile_at + k_begin + stride_plane, key % BLOCK_SIZE, inside, column,
-                HEAD_DIM, BLOCK_SIZE, FORMAT, OPERAND,
-            )  # fmt: skip
-        if FORMAT != 0:
-            weights *= v_scale[None, :]
-        acc = tl.dot(weights.to(OPERAND), v, acc * shrink[:, None], input_precision="ieee")
+            scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
+            if TAIL:
+                tail, _ = load_rows(
+                    values, scales, tile_at + k_begin, key % BLOCK_SIZE, inside, behind,
+                    HEAD_DIM, BLOCK_SIZE, FORMAT, OPERAND,
+                )  # fmt: skip
+                scores = tl.dot(query_tails, tl.trans(tail), scores, input_precision="ieee")
+            if FORMAT != 0:
+                scores *= k_scale[None, :]
+            if CAPPED:
+                scores = softcap * (1.0 - 2.0 / (tl.exp(scores * (2.0 * scale / softcap)) + 1.0)) * LOG2_E
+            else:
+                scores *= scale * LOG2_E
+            if stage == 1:
+                visible = inside[None, :] & (key[None, :] <= position[:, None])
+                if WINDOWED:
+                    visible &= key[None, :] > position[:, None] - window
+                scores = tl.where(visible, scores, float("-inf"))
+            new = tl.maximum(most, tl.max(scores, axis=1))
+            finite = new
+            if stage == 1:  # no key seen yet: -inf minus itself would be NaN
+                finite = tl.where(new == float("-inf"), 0.0, new)
+            shrink = tl.exp2(most - finite)
+            weights = tl.exp2(scores - finite[:, None])
+            total = total * shrink + tl.sum(weights, axis=1)
+            most = new
+            v, v_scale = k, k_scale
+            if not ONE_PLANE:
+                v, v_scale = load_rows(
+                    values, scales, tile_at + k_begin + stride_plane, key % BLOCK_SIZE, inside, column,
+                    HEAD_DIM, BLOCK_SIZE, FORMAT, OPERAND,
+                )  # fmt: skip
+            if FORMAT != 0:
+                weights *= v_scale[None, :]
+            v = kept_in_rows(v, FORMAT)
+            acc = tl.dot(weights.to(OPERAND), v, acc * shrink[:, None], input_precision="ieee")
 
     place = (
         out + (first + token).to(tl.int64)[:, None] * stride_out + head[:, None] * VALUES + column[None, :]
