@@ -9,8 +9,7 @@ from torch import Tensor
 from kernels.attention_step import HeadNorms
 from kernels.quantized_matrix import Weight
 from workers.models.layer_weights import GroupedAttention
-from workers.models.linear import make_linear
-from workers.models.ops import Attention
+from workers.models.ops import Attention, Ops
 from workers.models.spec import DecoderSpec
 
 
@@ -25,12 +24,12 @@ class AttentionLayer(Protocol):
 class GroupedAttentionLayer:
     """Grouped-query attention (Ainslie et al. 2023)."""
 
-    def __init__(self, spec: DecoderSpec, index: int, weights: GroupedAttention[Weight]) -> None:
+    def __init__(self, spec: DecoderSpec, index: int, weights: GroupedAttention[Weight], ops: Ops) -> None:
         self._index = index
         self._scale, self._window = spec.scale, spec.windows[index]
         self._head_dim = spec.head_dim
-        self._qkv = make_linear(weights.qkv, weights.qkv_bias)
-        self.output = make_linear(weights.output, weights.output_bias)
+        self._qkv = ops.linear(weights.qkv, weights.qkv_bias)
+        self.output = ops.linear(weights.output, weights.output_bias)
         self._norms = None
         if weights.q_norm is not None and weights.k_norm is not None:
             self._norms = HeadNorms(weights.q_norm, weights.k_norm, spec.norm_eps)

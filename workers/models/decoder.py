@@ -24,8 +24,8 @@ from workers.models.mla import LatentAttentionLayer
 from workers.models.moe import DenseMlp, LocalExperts, MakeExperts, SparseLayer, local_experts
 from workers.models.ops import Attention, Ops, torch_ops
 from workers.models.rope import RopeTable
-from workers.models.sharding import sharded
 from workers.models.scheme import FLOATS, Scheme
+from workers.models.sharding import sharded
 from workers.models.spec import DecoderSpec
 from workers.models.weights import DecoderWeights, LayerWeights, load_weights
 from workers.parallel.collectives import ALONE, Parallel
@@ -83,7 +83,7 @@ class Decoder:
         self._rope = RopeTable(spec.rope, spec.rope_dim, self.max_positions, self.dtype, self.device)
         self._layers = _layers(local, weights.layers, make_experts, self.ops, parallel)
         self._final_norm = weights.final_norm.float()
-        self._head = Head(weights.head, spec.vocab_size, parallel)
+        self._head = Head(weights.head, spec.vocab_size, parallel, self.ops)
 
     def new_kv_cache(self, num_blocks: int, block_size: int, pages: Tensor | None = None) -> Tensor:
         """A zeroed cache of this rank's KV heads, see kernels/paged_kv.py; in `pages`, uint8 zeros, when given."""
@@ -173,7 +173,7 @@ def _layers(
         if isinstance(layer.attention, LatentAttention):
             attention = LatentAttentionLayer(spec, index, layer.attention, ops)
         else:
-            attention = GroupedAttentionLayer(spec, index, layer.attention)
+            attention = GroupedAttentionLayer(spec, index, layer.attention, ops)
         mlp: MlpLayer
         if isinstance(layer.mlp, SparseMlp):
             assert spec.moe is not None, f"layer {index} of {spec.architecture} has experts"

@@ -3,7 +3,7 @@
 In 16 bits a logit near 25 has a step of 0.125, so the best tokens often come out equal and argmax takes the one with
 the lower id. The GEMM therefore runs in 16 bits, and the logits that decide, the best of each row, are computed once
 more in float32: a fraction of the cost of a float32 head (SmolLM2 at 16 rows: 1 ms instead of 3 ms, and no second copy
-of the matrix). A GPU's matrix units, and products with quantized weights, give float32 sums as they are.
+of the matrix). Products beside Triton's kernels, and with quantized weights, give float32 sums as they are.
 
 Tensor-parallel ranks have some rows of the vocabulary each; their logits are gathered.
 """
@@ -15,22 +15,29 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.quantized_matrix import Weight
-from workers.models.linear import make_linear
+from workers.models.ops import Ops, torch_ops
 from workers.parallel.collectives import ALONE, Parallel
 
 _REFINED = 64  # per row; the true best is among them unless so many lie within one rounding step of it
 
 
 class Head:
-    def __init__(self, weight: Weight, vocab_size: int | None = None, parallel: Parallel = ALONE) -> None:
-        """weight [vocab, hidden], or this rank's rows of it."""
+    def __init__(
+        self,
+        weight: Weight,
+        vocab_size: int | None = None,
+        parallel: Parallel = ALONE,
+        ops: Ops | None = None,
+    ) -> None:
+        """weight [vocab, hidden], or this rank's rows of it. ops: None for eager torch."""
+        ops = ops or torch_ops()
         self._vocab_size, self._parallel = vocab_size or weight.shape[0], parallel
         self._weight: Tensor | None = None  # to refine with
-        if isinstance(weight, Tensor) and weight.device.type == "cpu":
-            self._multiply = make_linear(weight)
+        if isinstance(weight, Tensor) and ops.name == "torch":
+            self._multiply = ops.linear(weight)
             self._weight = weight if weight.dtype != torch.float32 else None
         else:
-            self._multiply = make_linear(weight, dtype=torch.float32)
+            self._multiply = ops.linear(weight, dtype=torch.float32)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[R, hidden] after the final norm -> float32 [R, vocab]."""

@@ -4,21 +4,29 @@ On a CPU oneDNN's blocked layout doubles the speed of torch's own Linear at few 
 takes 93 / 127 / 2,032 us against 137 / 192 / 2,056 in bfloat16 and 182 / 224 / 4,045 against 453 / 778 / 9,389 in
 float32 (torch 2.13, two Zen 5 cores). Fusing the residual or the SwiGLU gate into the GEMM gained nothing.
 
-On a GPU, and for quantized weights, see device_linear.
+What goes with Triton's kernels on a GPU is in device_linear.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from kernels.quantized_matrix import QuantizedMatrix, Weight
-from workers.models.device_linear import DeviceLinear, EagerLinear, has_triton
+from kernels.reference_matmul import multiply
 
 Linear = Callable[[Tensor], Tensor]  # [M, in] -> [M, out]
+
+
+class MakeLinear(Protocol):
+    def __call__(
+        self, weight: Weight, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Linear:
+        """weight [out, in]; dtype: of the result, where it is to be another than x's."""
 
 
 class PackedLinear:
@@ -43,14 +51,20 @@ class PlainLinear:
         return functional.linear(x, self._weight, self._bias)
 
 
-def make_linear(weight: Weight, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Linear:
-    """weight [out, in]; packed where this build and processor can. A packed weight is a copy.
+class EagerLinear:
+    """A quantized weight, widened for each product: the oracle, and slow."""
 
-    dtype: of the result, where it is to be another than x's. On a GPU the ways to multiply are measured, once for each
-    shape, which takes seconds where no file knows them yet.
-    """
-    if weight.device.type == "cuda" and has_triton():
-        return DeviceLinear(weight, bias, dtype)
+    def __init__(
+        self, weight: QuantizedMatrix, bias: Tensor | None, dtype: torch.dtype | None = None
+    ) -> None:
+        self._weight, self._bias, self._dtype = weight, bias, dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return multiply(x, self._weight, self._bias, self._dtype)
+
+
+def make_linear(weight: Weight, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Linear:
+    """See MakeLinear; packed where this build and processor can. A packed weight is a copy."""
     if isinstance(weight, QuantizedMatrix):
         return EagerLinear(weight, bias, dtype)
     linear: Linear

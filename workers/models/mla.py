@@ -13,7 +13,6 @@ from torch import Tensor
 
 from kernels.quantized_matrix import Weight
 from workers.models.layer_weights import LatentAttention
-from workers.models.linear import make_linear
 from workers.models.ops import Attention, Ops
 from workers.models.spec import DecoderSpec, MlaSpec
 
@@ -34,15 +33,15 @@ class LatentAttentionLayer:
             down = _picked(down, torch.cat((queries, _rotated_in_halves(latents, 1, mla))))
             if q_up is not None:
                 q_up = _picked(q_up, _rotated_in_halves(torch.arange(q_up.shape[0]), spec.num_heads, mla))
-        self._down = make_linear(down)
-        self._q_up = None if q_up is None else make_linear(q_up)
+        self._down = ops.linear(down)
+        self._q_up = None if q_up is None else ops.linear(q_up)
         self._q_norm, self._kv_norm = weights.q_norm, weights.kv_norm
         assert isinstance(weights.kv_up, Tensor), "kv_up is folded into queries, as floats"
         up = weights.kv_up.view(spec.num_heads, mla.nope_dim + mla.value_dim, mla.kv_lora_rank)
         self._key_up = up[:, : mla.nope_dim].contiguous()  # [heads, nope_dim, kv_lora_rank]
         # [heads, kv_lora_rank, value_dim]
         self._value_up = up[:, mla.nope_dim :].transpose(1, 2).contiguous()
-        self.output = make_linear(weights.output)
+        self.output = ops.linear(weights.output)
 
     def attend(self, x: Tensor, attention: Attention) -> Tensor:
         mla, tokens = self._mla, x.shape[0]

@@ -19,7 +19,6 @@ from kernels.reference import silu_mul
 from kernels.reference_matmul import dequantize
 from kernels.reference_moe import Activation, Routing, clamped_swiglu
 from workers.models.layer_weights import Mlp, SparseMlp
-from workers.models.linear import make_linear
 from workers.models.ops import Ops
 from workers.models.spec import DecoderSpec, MoeSpec
 
@@ -59,8 +58,8 @@ def activation_of(moe: MoeSpec) -> Activation:
 class DenseMlp:
     def __init__(self, weights: Mlp[Weight], ops: Ops) -> None:
         self._gate = ops.silu_mul
-        self._gate_up = make_linear(weights.gate_up, weights.gate_up_bias)
-        self._down = make_linear(weights.down, weights.down_bias)
+        self._gate_up = ops.linear(weights.gate_up, weights.gate_up_bias)
+        self._down = ops.linear(weights.down, weights.down_bias)
 
     def __call__(self, x: Tensor, slots: Tensor) -> Tensor:
         """[T, H] -> [T, H] in x's dtype. `slots`: what a dense MLP does not ask for."""

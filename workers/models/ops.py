@@ -19,6 +19,7 @@ from kernels.reference import rms_norm, rope_rotate, silu_mul
 from kernels.reference_attention import AttentionPlan
 from kernels.reference_moe import Routing, clamped_swiglu, combine, grouped_mlp, permute, route
 from kernels.reference_rows import Scratch
+from workers.models.linear import MakeLinear, make_linear
 from workers.models.rope import RopeTable
 
 Biases = tuple[Tensor, Tensor] | None  # of gate_up [E, 2 * I] and down [E, H]
@@ -64,6 +65,10 @@ class Ops(Protocol):
     @property
     def name(self) -> str:
         """For the log and the status: "torch" or "triton"."""
+
+    @property
+    def linear(self) -> MakeLinear:
+        """Makes the products with weights. Making one may take long, see workers.models.matmul_choice."""
 
     def attention(
         self, cache: PagedKv, step: AttentionStep, rope: RopeTable | None, positions: Tensor
@@ -113,6 +118,7 @@ def torch_ops() -> Ops:
 
 class _TorchOps:
     name = "torch"
+    linear = staticmethod(make_linear)
 
     def __init__(self) -> None:
         self._scratch = Scratch()

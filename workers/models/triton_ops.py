@@ -16,6 +16,7 @@ from kernels.triton.norms import add_rms_norm, rms_norm, silu_mul
 from kernels.triton.rope_kv import rotate_and_write
 from kernels.triton.rope_latent import rotate_and_write_latents
 from kernels.triton.write_kv import write_kv
+from workers.models.device_linear import DeviceLinear
 from workers.models.ops import Attention, Biases, Clamp, Ops
 from workers.models.rope import RopeTable
 
@@ -26,6 +27,7 @@ def triton_ops() -> Ops:
 
 class _TritonOps:
     name = "triton"
+    linear = DeviceLinear
 
     def attention(
         self, cache: PagedKv, step: AttentionStep, rope: RopeTable | None, positions: Tensor

@@ -13,8 +13,8 @@ from torch import Tensor
 from kernels import reference_matmul
 from kernels.quantized_matrix import QuantizedMatrix, Weight
 from workers.models import matmul_choice
-from workers.models.device_linear import DeviceLinear, EagerLinear
-from workers.models.linear import make_linear
+from workers.models.device_linear import DeviceLinear
+from workers.models.linear import EagerLinear, make_linear
 from workers.models.matmul_choice import BUCKETS, Choices
 from workers.models.matmul_forms import MatmulForm
 

@@ -27,6 +27,7 @@ from workers.models.fallback import load_fallback
 from workers.models.fallback_spec import FallbackSpec, read_spec
 from workers.models.ops import torch_ops
 from workers.models.random_model import write_random_model
+from workers.models.scheme import Scheme, SchemeName
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCK_SIZE, NUM_BLOCKS = 4, 12
@@ -153,6 +154,36 @@ def test_says_what_torch_and_transformers_say(
         expected = theirs.to(DEVICE).eval()(token_ids).logits
     torch.testing.assert_close(triton.whole(), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(triton.whole().argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [
+        ("qwen2", "int4"),
+        pytest.param("qwen3_moe", "int4", marks=pytest.mark.slow),
+        pytest.param("llama_biases", "int8", marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", "fp8", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", "int8", marks=pytest.mark.slow),
+    ],
+)
+def test_quantized_weights_say_what_the_same_values_say_as_floats(
+    tmp_path: Path, family: str, scheme: SchemeName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_random_model(tmp_path, FAMILIES[family], seed=5)
+    token_ids = torch.randint(0, 259, (2, 10), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    runs = []
+    for ops in (torch_ops(), choose_ops("triton", DEVICE, torch.float32)):
+        keeps = ops.name == "triton"
+        monkeypatch.setattr(f"{__name__}._refuse", keeps)
+        decoder = load_decoder(
+            tmp_path, torch.float32, DEVICE, ops=ops, scheme=Scheme(scheme), keep_quantized=keeps
+        )
+        run = Run(decoder, token_ids)
+        run.step({0: 8})
+        run.step({1: 9, 0: 1})
+        run.step({0: 1, 1: 1}, fill=2 if keeps else 0)
+        runs.append(run)
+    torch.testing.assert_close(runs[1].whole(), runs[0].whole(), rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize(
