@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from bench.gpu.timing import Case, Launch
-from kernels.quantized_matrix import Format, QuantizedMatrix, pack_int4
-from workers.models.matmul_forms import MatmulForm, Weight, forms_of
+from kernels.quantized_matrix import Format, QuantizedMatrix, Weight, pack_int4
+from workers.models.matmul_forms import MatmulForm, forms_of
 
 _MEMORY_BOUND_ROWS = 64
 _WHOLE = 0  # one scale for each output
