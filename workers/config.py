@@ -238,6 +238,11 @@ class TensorRankConfig(Section):
 
     rank: int = Field(ge=0, description="0: the worker itself; the others follow it")
     size: int = Field(ge=2)
+    collectives: Literal["auto", "nccl", "gloo"] = Field(
+        "auto",
+        description="auto: nccl on GPUs, gloo on CPUs; gloo goes through host memory, so that ranks may share a GPU, and "
+        "cannot be captured in graphs",
+    )
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:

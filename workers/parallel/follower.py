@@ -23,7 +23,7 @@ from workers.parallel.messages import Beat, Begin, Broken, Fits, Meet, Step, Sto
 from workers.parallel.process_group import RankGroup, open_store, own_device
 from workers.parallel.rank_memory import lend
 from workers.parallel.shard import Shard
-from workers.parallel.team import START_S
+from workers.parallel.team import CLOSE_S, START_S
 from workers.protocol.frames import ProtocolError
 from workers.protocol.messages import WorkerInfo
 
@@ -37,7 +37,9 @@ class Follower:
         assert config.tensor_rank is not None, "there is nobody to follow"
         self.config = config
         self._shard = Shard(config.tensor_rank.rank, config.tensor_rank.size)
+        self._ending, self._over = threading.Lock(), False
         self._ended = threading.Event()
+        self._closing: threading.Thread | None = None
         self._failure: str | None = None
         self._link: RankLink | None = None
         self._group: RankGroup | None = None
@@ -67,6 +69,8 @@ class Follower:
     def wait(self) -> None:
         """Until `stop`, or until rank 0 says so. Raises RuntimeError when something was amiss."""
         self._ended.wait()
+        if self._closing is not None:
+            self._closing.join(CLOSE_S)
         if self._failure is not None:
             raise RuntimeError(self._failure)
 
@@ -83,7 +87,9 @@ class Follower:
         config = self.config
         device = own_device(choose_device(config.engine.device), self._shard.rank)
         meet = _expect(link, Meet)
-        self._group = RankGroup(open_store(meet.at, START_S), self._shard, device, START_S)
+        assert config.tensor_rank is not None, "there is nobody to follow"
+        store, collectives = open_store(meet.at, START_S), config.tensor_rank.collectives
+        self._group = RankGroup(store, self._shard, device, START_S, collectives)
         backend = open_backend(config.engine, prepare_model(str(config.model_path)), parallel=self._group)
         link.send(Fits(backend.num_blocks()))
         runner = backend.runner(_expect(link, Begin).num_blocks, share_kv=True)
@@ -96,7 +102,7 @@ class Follower:
         return runner
 
     def _heed_stop(self) -> None:
-        if self._ended.is_set():
+        if self._over:
             raise ConnectionError("this rank was stopped")
 
     # --- life --------------------------------------------------------------------------------------------------------
@@ -135,16 +141,16 @@ class Follower:
                     running.wait()
                     running = None
         except Exception as error:
-            if not self._ended.is_set():
+            if not self._over:
                 logger.exception("a step failed on rank %d", self._shard.rank)
             self._end(f"a step failed on rank {self._shard.rank}: {error}")
 
     def _end(self, failure: str | None) -> None:
         """Once; what comes after the first is its consequence."""
-        if self._ended.is_set():
-            return
-        self._failure = failure
-        self._ended.set()
+        with self._ending:
+            if self._over:
+                return
+            self._over, self._failure = True, failure
         self._steps.put(None)
         if self._link is not None:
             if failure is not None:
@@ -152,7 +158,8 @@ class Follower:
                     self._link.send(Broken(failure))
             self._link.close()
         if self._group is not None:
-            threading.Thread(target=self._group.close, name="rank-parts", daemon=True).start()
+            self._closing = self._group.close()
+        self._ended.set()
 
 
 def _expect(link: RankLink, kind: type[Any]) -> Any:

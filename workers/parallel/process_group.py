@@ -5,8 +5,9 @@ The group is the replica's own. torch's default group, of which a process has on
 
 from __future__ import annotations
 
+import threading
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed
@@ -39,13 +40,21 @@ def open_store(at: str, timeout_s: float) -> Any:
 class RankGroup:
     """See `workers.parallel.collectives.Parallel`. Used by one thread at a time."""
 
-    def __init__(self, store: Any, shard: Shard, device: torch.device, timeout_s: float) -> None:
+    def __init__(
+        self,
+        store: Any,
+        shard: Shard,
+        device: torch.device,
+        timeout_s: float,
+        collectives: Literal["auto", "nccl", "gloo"] = "auto",
+    ) -> None:
         """`store`: torch's, of all ranks. Returns when all have come. Raises GroupError."""
         self.shard = shard
         self._store = store  # the group goes on using it
         wait = timedelta(seconds=timeout_s)
         try:
-            join = _nccl if device.type == "cuda" else _gloo
+            on_gpus = device.type == "cuda" and collectives == "auto"
+            join = _nccl if on_gpus or collectives == "nccl" else _gloo
             self._group = join(store, shard, device, wait)
             here = torch.zeros(1, dtype=torch.int32, device=device)
             self.all_reduce(here)  # NCCL connects with the first collective, which belongs to the start
@@ -73,11 +82,20 @@ class RankGroup:
         options.rootRank, options.asyncOp = 0, False
         self._wait(self._group.broadcast([x], options))
 
-    def close(self) -> None:
-        """End what runs, and give back connections and threads. Idempotent."""
+    def close(self) -> threading.Thread:
+        """End what runs, wake who waits here, and give connections and threads back. Idempotent.
+
+        In a thread, because NCCL may wait for a device; a process that ends before it has may abort.
+        """
+        closing = threading.Thread(target=self._close, name="ranks-part", daemon=True)
+        closing.start()
+        return closing
+
+    def _close(self) -> None:
         group, self._group = self._group, None
         if group is not None:
             group.abort()
+        del group
         self._store = None
 
     def _allow(self, step: timedelta) -> None:

@@ -31,6 +31,7 @@ from workers.transfer.block_memory import BlockMemory
 
 logger = logging.getLogger(__name__)
 
+CLOSE_S = 5.0  # for connections between ranks to be given back
 START_S = 600.0  # for another rank to come, or to make its KV cache; the supervisor ends whoever takes longer
 
 
@@ -47,6 +48,7 @@ class Team:
         self._ready: dict[int, tuple[Ready, int | None]] = {}
         self._links: list[RankLink] = []
         self._group: RankGroup | None = None
+        self._closing: threading.Thread | None = None
         door = RankDoor(config)
         try:
             self._links = door.gather(introduction(config), self.size, time.monotonic() + START_S)
@@ -58,7 +60,8 @@ class Team:
         self._store = GlooStore("127.0.0.1", START_S)
         with _at_start():
             self._tell(Meet(self._store.at))
-        self._group = RankGroup(open_store(self._store.at, START_S), Shard(0, self.size), device, START_S)
+        store, shard = open_store(self._store.at, START_S), Shard(0, self.size)
+        self._group = RankGroup(store, shard, device, START_S, config.tensor_rank.collectives)
 
     @property
     def group(self) -> RankGroup:
@@ -112,6 +115,8 @@ class Team:
             with contextlib.suppress(OSError):
                 link.send(Stop())
         self._part()
+        if self._closing is not None:
+            self._closing.join(CLOSE_S)
 
     def _await(self, told: Mapping[int, object], what: str) -> None:
         with self._changed:
@@ -123,9 +128,7 @@ class Team:
         """Followers see the end of their connections, and whoever waits for one of them here is woken."""
         for link in self._links:
             link.close()
-        if self._group is not None:
-            # NCCL's abort may wait for a device.
-            threading.Thread(target=self._group.close, name="ranks-part", daemon=True).start()
+        self._closing = None if self._group is None else self._group.close()
 
     def _tell(self, message: Any) -> None:
         frame = encode(message)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import threading
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from workers.config import TensorRankConfig, WorkerConfig
+from workers.config import EngineConfig, TensorRankConfig, WorkerConfig
 from workers.engine.engine import Engine
 from workers.models.catalog import prepare_model
 from workers.parallel.follower import Follower
 from workers.parallel.team import Team
 
 SECRET = "a secret of the tests, long enough"
-_epochs = itertools.count(1)
+_epochs = itertools.count(os.getpid() * 1000)  # no two lives of one name at a time
 
 
 @dataclass
@@ -30,22 +30,22 @@ class Replica:
     followers: list[Follower]
 
 
-def config_of(model: Path, rank: int, size: int, epoch: int, **engine: Any) -> WorkerConfig:
+def config_of(
+    model: Path, rank: int, size: int, epoch: int, collectives: str = "auto", **engine: Any
+) -> WorkerConfig:
     settings = {"device": "cpu", "dtype": "float32", "num_blocks": 64, "num_threads": 1, "max_num_seqs": 8}
-    return WorkerConfig.model_validate(
-        {
-            "worker_id": "decode-0",
-            "epoch": epoch,
-            "role": "decode",
-            "model_path": str(model),
-            "served_name": "model",
-            "cluster": f"ranks-{threading.get_native_id()}",
-            "secret": SECRET,
-            "heartbeat_s": 0.2,
-            "timeout_s": 20.0,
-            "engine": settings | engine,
-            "tensor_rank": TensorRankConfig(rank=rank, size=size).model_dump(),
-        }
+    return WorkerConfig(
+        worker_id="decode-0",
+        epoch=epoch,
+        role="decode",
+        model_path=model,
+        served_name="model",
+        cluster="ranks",
+        secret=SECRET,
+        heartbeat_s=0.2,
+        timeout_s=20.0,
+        engine=EngineConfig(**settings | engine),
+        tensor_rank=TensorRankConfig(rank=rank, size=size, collectives=collectives),  # type: ignore[arg-type]
     )
 
 
