@@ -167,6 +167,6 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_and_not_the_program(served: ApiSe
         terminal.type("/nonsense\n")
         assert terminal.sees(lambda text: "no such command" in text), terminal.shown
         terminal.type("/quit\n")
-        assert terminal.process.wait(10) == 0
+        assert terminal.process.wait(30) == 0
     finally:
         terminal.close()

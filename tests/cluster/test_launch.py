@@ -199,7 +199,7 @@ def test_a_cluster_lives_mends_itself_and_leaves_nothing(tmp_path: Path) -> None
         processes = processes_of(serve)
         assert len(processes) > 5
         assert "stopped cluster 'headrace'" in take_down(None, 30, False)
-        assert serve.process.wait(10) == 0
+        assert serve.process.wait(30) == 0
         assert left(processes) == []
         assert all(not Path(name).exists() for name in run.temp_dirs)
         assert serve.run() is None

@@ -114,7 +114,7 @@ def test_a_broken_run_file_is_no_obstacle(cache: Path) -> None:
 def test_down_stops_and_says_so() -> None:
     with serving() as process:
         assert take_down(None, 10.0, False).startswith(f"stopped cluster 'mini' (pid {process.pid}) in ")
-        assert process.wait(5) == 0
+        assert process.wait(30) == 0
     assert take_down("mini", 1.0, False) == "no cluster named 'mini' is running here"
     assert take_down(None, 1.0, False) == "no cluster is running here"
 
@@ -125,7 +125,7 @@ def test_down_forces_only_when_told_to() -> None:
             take_down("mini", 0.2, False)
         assert process.poll() is None
         assert take_down("mini", 0.2, True) == f"killed cluster 'mini' (pid {process.pid})"
-        assert process.wait(5) == -signal.SIGKILL
+        assert process.wait(30) == -signal.SIGKILL
     assert read_run("mini") is None
 
 

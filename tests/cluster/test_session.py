@@ -51,7 +51,7 @@ def test_in_order(tmp_path: Path) -> None:
         # The mark is in place once the child has become `sleep`.
         assert soon(lambda: ours.pid in guard.marked_processes(os.environ[guard.MARK]))
         assert session.kill_processes() == 1
-        assert ours.wait(5) == -9
+        assert ours.wait(30) == -9
         assert stranger.poll() is None
         assert session.kill_processes() == 0
         session.close()

@@ -302,7 +302,7 @@ def test_stops_and_leaves_nothing(serving: Serving) -> None:
     assert len(pids) > 5
     down = serving.headrace("down", "--cluster", serving.cluster)
     assert down.returncode == 0, down.stdout + down.stderr
-    assert serving.process.wait(10) == 0
+    assert serving.process.wait(30) == 0
     until(lambda: not [pid for pid in pids if alive(pid)], 10)
     for port in (serving.port, serving.grpc_port):
         with pytest.raises(ConnectionRefusedError):

@@ -160,13 +160,15 @@ async def test_500_streams_of_the_real_model_survive_a_kill_every_two_seconds(
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
         killer = asyncio.create_task(kills.every(KILL_EVERY_S, client))
-        answers = await asyncio.gather(
-            *(stream(client, model, prompts[n], lengths[n], seed=n) for n in range(STREAMS))
-        )
+        while sum(kills.count.values()) < 5 or set(kills.count) != {
+            "prefill",
+            "decode",
+        }:  # fast machines: again
+            answers = await asyncio.gather(
+                *(stream(client, model, prompts[n], lengths[n], seed=n) for n in range(STREAMS))
+            )
+            assert [n for n in range(STREAMS) if answers[n] != expected[n]] == []
         killer.cancel()
-        assert [n for n in range(STREAMS) if answers[n] != expected[n]] == []
-        assert set(kills.count) == {"prefill", "decode"}, kills.count
-        assert sum(kills.count.values()) >= 5, kills.count
         end = time.monotonic() + 120
         while not at_rest(workers := (await client.get("/cluster")).json()["workers"]):
             assert time.monotonic() < end, workers

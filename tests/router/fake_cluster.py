@@ -158,7 +158,7 @@ def generation(
 
 async def until(
     condition: Callable[[], bool],
-    timeout_s: float = 5.0,
+    timeout_s: float = 30.0,
     message: Callable[[], str] = lambda: "did not come true",
 ) -> None:
     deadline = asyncio.get_running_loop().time() + timeout_s

@@ -103,13 +103,12 @@ async def test_redis_is_away_under_load(own_valkey, how, away_s):
         phase = 1
         own_valkey.stop() if how == "crash" else own_valkey.pause()
         await asyncio.sleep(away_s)
+        await until(lambda: served[1] > 20, timeout_s=60)
         assert cluster.dispatcher.discovery.approximate
-        during = served[1]
         own_valkey.start() if how == "crash" else own_valkey.resume()  # after a crash it is empty
-        await until(lambda: not cluster.dispatcher.discovery.approximate, timeout_s=15)
+        await until(lambda: not cluster.dispatcher.discovery.approximate, timeout_s=60)
         phase = 2
         await until(lambda: served[2] >= 20)
         over.set()
         await asyncio.gather(*clients)  # raises if a single request failed
-        assert during > 20
         await cluster.at_rest()

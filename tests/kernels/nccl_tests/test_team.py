@@ -57,7 +57,7 @@ def test_one_that_fails_ends_it_though_others_hang() -> None:
     began = time.monotonic()
     with pytest.raises(TeamError) as caught:
         team.measure(CASE, REPEATS)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert set(str(caught.value).split("\n  ")) == {"rank 0: lost", "rank 1: lost too"}
 
 

@@ -35,10 +35,8 @@ def test_a_hang_is_aborted() -> None:
 def test_what_no_abort_frees_is_left_behind() -> None:
     never = threading.Event()
     watched = Watched(0.1, never.wait, grace_s=0.1)  # abort hangs too
-    began = time.monotonic()
     with pytest.raises(CollectiveTimeout):
         watched.call("stuck", never.wait)
-    assert time.monotonic() - began < 5
     never.set()
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import grpc
@@ -191,17 +190,16 @@ async def test_a_caller_that_leaves_ends_its_sequence(
     dispatcher: FakeDispatcher,
     how: str,
 ) -> None:
-    dispatcher.answer = dispatcher.answer * 15
-    dispatcher.delay_s = 0.02
-    call = stub.Generate(pb.GenerateRequest(text="x"), timeout=0.3 if how == "deadline" else None)
+    dispatcher.answer = dispatcher.answer * 100
+    dispatcher.delay_s = 0.02  # a minute in all
+    call = stub.Generate(pb.GenerateRequest(text="x"), timeout=1.0 if how == "deadline" else None)
     await call.read()
     assert dispatcher.open == 1
     if how == "cancel":
         call.cancel()
     elif how == "channel":
         await channel.close()
-    await asyncio.sleep(0.4 if how == "deadline" else 0.1)
-    assert dispatcher.open == 0
+    await dispatcher.until_idle()
     assert len(dispatcher.closed_early) == 1
     assert len(sessions) == 0
     outcome = metrics.registry.get_sample_value(

@@ -6,15 +6,15 @@ import errno
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.nursery import Nursery
 from tests.workers.tiers.byte_cache import BLOCK_BYTES, ROOT, Cache, content, h
 from workers.tiers import disk as disk_module
 from workers.tiers.block_file import HEADER_BYTES, Corrupt, Header, file_name, read_header, write_block
@@ -28,7 +28,7 @@ def always() -> bool:
     return True
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end
@@ -227,34 +227,39 @@ def test_the_name_must_be_that_of_the_content(opened, tmp_path):
     assert tier.tier.stats().errors == 1
 
 
-WRITER = """
-import sys, random
-from pathlib import Path
-sys.path.insert(0, ".")
-from tests.workers.tiers.test_disk import Opened, until
-opened = Opened(Path(sys.argv[1]), capacity=40_000)
-rng = random.Random(int(sys.argv[2]))
-print("ready", flush=True)
-while True:
-    if not opened.offer(rng.randrange(1, 1000)):
-        until(lambda: not opened.tier._queue)
-"""
+def write_for_ever(config: dict[str, Any], fd: int) -> None:
+    """A child of the nursery. Says the number of each block that was written."""
+    opened = Opened(Path(config["directory"]), capacity=40_000)
+    rng = random.Random(config["seed"])
+    told = 0
+    while True:
+        if not opened.offer(rng.randrange(1, 1000)):
+            until(lambda: not opened.tier._queue)
+        while told < opened.done:
+            os.write(fd, b".")
+            told += 1
 
 
-def test_kill_in_the_middle_of_writes(tmp_path):
+@pytest.fixture
+def nursery() -> Iterator[Nursery]:
+    made = Nursery("tests.workers.tiers.test_disk:write_for_ever")
+    yield made
+    made.close()
+
+
+def test_kill_in_the_middle_of_writes(tmp_path, nursery):
     """Whatever moment a worker is killed at: what is found afterwards is right, and nothing is left over."""
     rng = random.Random(1)
     directory = tmp_path / "w"
     for life in range(4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(directory), str(life)], stdout=subprocess.PIPE, cwd=REPOSITORY
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        time.sleep(0.05 + 0.2 * rng.random())
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        told, telling = os.pipe()
+        writer = nursery.fork({"directory": str(directory), "seed": life}, telling)
+        os.close(telling)
+        with open(told, "rb", buffering=0) as dots:
+            for _ in range(rng.randrange(10, 500)):  # that many were written before, however long it takes
+                assert dots.read(1) == b"."
+            writer.signal(signal.SIGKILL)
+            assert writer.ended(10)
         again = Opened(directory, capacity=40_000)
         until(lambda again=again: len(again.held()) == len(list(directory.glob("*.kv"))) > 0)
         assert list(directory.glob("*.tmp")) == []

@@ -37,7 +37,7 @@ def held(tier: HostTier) -> set[bytes]:
     return {block_hash for block_hash, _ in tier.held()}
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end
@@ -202,8 +202,9 @@ def test_readers_and_evictions_at_once(tmp_path: Path, with_disk: bool):
     for reader in readers:
         reader.start()
     rng = random.Random(5)
-    end = time.monotonic() + 1.5
-    while time.monotonic() < end:
+    rounds, end = 0, time.monotonic() + 60
+    while (rounds < 500 or hits[0] < 500) and time.monotonic() < end:
+        rounds += 1
         first = rng.randrange(1, 60)
         evict(cache, tier, *range(first, first + rng.randrange(1, 6)))
         time.sleep(0.0005)
@@ -211,7 +212,7 @@ def test_readers_and_evictions_at_once(tmp_path: Path, with_disk: bool):
     for reader in readers:
         reader.join()
     assert not wrong
-    assert hits[0] > 100
+    assert hits[0] >= 500
     if disk is not None:
         disk.close()
         assert not disk.stats().errors

@@ -237,7 +237,7 @@ class DecodeSide:
             self.changed.notify_all()
         self.on_end(name)
 
-    def wait(self, *names: str, timeout_s: float = 10.0) -> None:
+    def wait(self, *names: str, timeout_s: float = 30.0) -> None:
         with self.changed:
             done = self.changed.wait_for(
                 lambda: all(n in self.committed or n in self.lost for n in names), timeout_s
@@ -361,7 +361,7 @@ def work(name: str, prompt: list[int]) -> Work:
     return Work(request_id=name, prompt=prompt, sampling=Sampling(max_tokens=8, seed=0))
 
 
-def until(condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
+def until(condition: Callable[[], Any], timeout_s: float = 30.0) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "timed out"

@@ -24,7 +24,7 @@ class Gate:
         self.open = threading.Event()
 
     def pull(self, *piece: Any) -> None:
-        assert self.open.wait(10)
+        assert self.open.wait(30)
         self._memory.pull(*piece)
 
 
@@ -105,24 +105,24 @@ def test_one_sender_and_a_receiver_that_stalls_among_many() -> None:
 def test_many_senders_and_one_receiver() -> None:
     """Each has a way of its own: a sender of very much keeps none of the others."""
     engine = PatternEngine(512)
-    (memory,) = engine.memories(staged=False)
 
-    class Slow:
-        device, shared = memory.device, memory.shared
-
+    class Slow(Gate):
         def pull(self, *piece: Any) -> None:
+            super().pull(*piece)
             time.sleep(0.002)
-            memory.pull(*piece)
 
-    d = DecodeSide(engine, ["shm"], memories=[Slow()])
+    gate = Slow(engine)
+    d = DecodeSide(engine, ["shm"], memories=[gate], io_timeout_s=10)
     senders = [
-        PrefillSide(PatternEngine(256), ["shm"], worker_id=f"p{i}", ring_memory=TWO_BLOCKS) for i in range(6)
+        PrefillSide(PatternEngine(256), ["shm"], worker_id=f"p{i}", ring_memory=TWO_BLOCKS, io_timeout_s=10)
+        for i in range(6)
     ]
     lengths = [800, 40, 40, 40, 40, 40]
     works = [work(f"of p{i}", [i] * length) for i, length in enumerate(lengths)]
     for p, w in zip(senders, works, strict=True):
         p.accept(w, d.reserve(w))
         p.run()
+    gate.open.set()  # all have begun
     d.wait(*(w.request_id for w in works))
     assert all(d.committed.values())
     assert d.order[-1] == "of p0"

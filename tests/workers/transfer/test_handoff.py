@@ -118,8 +118,10 @@ def test_lease_expires_without_progress_and_a_late_transfer_is_dropped(pair: Pai
 def test_a_queued_request_keeps_its_lease(pair: Pair) -> None:
     d, p = pair
     w = work("queued", list(range(20)))
-    p.accept(w, d.reserve(w, lease_s=0.8))
-    time.sleep(1.1)
+    ticket = d.reserve(w, lease_s=2.0)
+    deadline = d.tickets._open[ticket.transfer_id].deadline
+    p.accept(w, ticket)
+    until(lambda: d.lost or d.tickets._open[ticket.transfer_id].deadline > deadline)
     assert d.lost == {}
     p.run()
     d.wait("queued")
@@ -230,7 +232,7 @@ def test_what_the_sender_cancels_the_receiver_hears_of_at_once(pair: Pair) -> No
     p.accept(w, d.reserve(w, lease_s=60))
     p.step()
     p.cancel("a")
-    d.wait("a", timeout_s=3)
+    d.wait("a", timeout_s=15)
     assert d.lost == {"a": "transfer_failed"}
     assert d.lost_reasons == {"a": "cancelled"}
     assert p.ended == {}, "whoever cancels is told nothing"
@@ -306,7 +308,7 @@ def test_a_stranger_gets_neither_memory_nor_time(d: DecodeSide) -> None:
     slow.sendall(struct.pack("<I", 1000))
     begun = time.monotonic()
     while receivers():  # each byte comes in time, the whole does not
-        assert time.monotonic() - begun < 3
+        assert time.monotonic() - begun < 30
         with contextlib.suppress(OSError):
             slow.sendall(b"x")
         time.sleep(0.05)

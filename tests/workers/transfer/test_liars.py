@@ -663,7 +663,7 @@ def test_a_sender_that_cannot_read_its_cache_says_so(road: str, error: type[Exce
     w = work("a", PROMPT)
     p.accept(w, d.reserve(w, lease_s=0.5))
     p.run()
-    until(lambda: p.ended.get("a") == "transfer_failed", 3)
+    until(lambda: p.ended.get("a") == "transfer_failed", 15)
     assert "device lost" in p.reasons["a"]
     d.wait("a")
     at_rest(d, p)
@@ -682,7 +682,7 @@ def test_a_receiver_that_cannot_write_its_cache_says_so(error: type[Exception]) 
     p.run()
     lost(d)
     assert "device lost" in d.lost_reasons["a"]
-    until(lambda: p.ended.get("a") == "transfer_failed", 3)
+    until(lambda: p.ended.get("a") == "transfer_failed", 15)
     at_rest(d, p)
     p.stop()
     d.stop()
@@ -698,7 +698,7 @@ def test_stopping_while_the_way_is_being_opened_opens_no_more(monkeypatch: pytes
     def slow(*args: Any, **options: Any) -> Any:
         opened.append(1)
         at_door.set()
-        assert go_on.wait(5)
+        assert go_on.wait(20)
         return real(*args, **options)
 
     monkeypatch.setattr(peer, "open_channel", slow)
@@ -706,10 +706,10 @@ def test_stopping_while_the_way_is_being_opened_opens_no_more(monkeypatch: pytes
     p = PrefillSide(PatternEngine(64), ["tcp"], tcp_streams=2)
     w = work("a", PROMPT)
     p.accept(w, d.reserve(w))
-    assert at_door.wait(5)
+    assert at_door.wait(20)
     p.stop()
     go_on.set()
-    until(lambda: not any("kv-open" in thread.name for thread in threading.enumerate()), 3)
+    until(lambda: not any("kv-open" in thread.name for thread in threading.enumerate()), 15)
     assert len(opened) == 1
     d.cancel("a")
     d.stop()
@@ -723,7 +723,7 @@ def test_a_descriptor_is_not_given_away_under_a_thread_that_uses_it(monkeypatch:
     def slow(sock: socket.socket, views: Any) -> None:
         fds.append(sock.fileno())
         sending.set()
-        assert go_on.wait(5)
+        assert go_on.wait(20)
         fds.append(sock.fileno())
         real(sock, views)
 
@@ -733,12 +733,12 @@ def test_a_descriptor_is_not_given_away_under_a_thread_that_uses_it(monkeypatch:
     w = work("a", PROMPT)
     p.accept(w, d.reserve(w))
     p.run()
-    assert sending.wait(5)
+    assert sending.wait(20)
     p.stop()
     assert p.ended["a"] == "transfer_failed"
-    until(lambda: not any("kv-acks" in thread.name for thread in threading.enumerate()), 3)
+    until(lambda: not any("kv-acks" in thread.name for thread in threading.enumerate()), 15)
     go_on.set()
-    until(lambda: not any("kv-send" in thread.name for thread in threading.enumerate()), 3)
+    until(lambda: not any("kv-send" in thread.name for thread in threading.enumerate()), 15)
     assert fds[0] == fds[1] >= 0
     d.cancel("a")
     d.stop()

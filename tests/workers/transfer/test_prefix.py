@@ -147,7 +147,7 @@ def test_as_much_as_is_held_without_a_gap(pair: Pair, held: int) -> None:
     holder, asks = pair
     wanted = Wanted(asks, holder.hold(held))
     wanted.ask(holder.holder)
-    assert wanted.ended.wait(5)
+    assert wanted.ended.wait(20)
     assert wanted.count == held
     assert wanted.right() == [True] * held + [False] * (10 - held)
     until(lambda: wanted.answers == [(True, "")])
@@ -159,7 +159,7 @@ def test_what_lies_behind_a_gap_is_not_sent(pair: Pair) -> None:
     holder, asks = pair
     wanted = Wanted(asks, holder.hold(8, gap=3))
     wanted.ask(holder.holder)
-    assert wanted.ended.wait(5)
+    assert wanted.ended.wait(20)
     assert wanted.count == 3
     assert wanted.right() == [True] * 3 + [False] * 7
     wanted.done()
@@ -219,7 +219,7 @@ def test_the_holder_stops_under_way(pair: Pair) -> None:
         wanted.ask(dying.holder, lease_s=0.15)
         time.sleep(0.003 * i)
         dying.stop()
-        assert wanted.ended.wait(5)
+        assert wanted.ended.wait(20)
         assert wanted.count == 10 or wanted.lost
         if wanted.count == 10:
             assert all(wanted.right())
@@ -238,7 +238,7 @@ def test_the_lease_of_the_one_who_asks_ends(pair: Pair) -> None:
     holder.out.handoffs._stopping.set()  # renews no leases, and opens nothing new
     wanted = Wanted(asks, hashes)
     wanted.ask(holder.holder, lease_s=0.2)
-    assert wanted.ended.wait(5)
+    assert wanted.ended.wait(20)
     assert wanted.lost.startswith("lease_expired")
     assert wanted.count is None
     wanted.done()
@@ -252,7 +252,7 @@ def test_the_same_prefix_is_asked_for_by_many(pair: Pair) -> None:
     for i, wanted in enumerate(many):
         wanted.ask(holder.holder, name=f"f{i}")
     for wanted in many:
-        assert wanted.ended.wait(5)
+        assert wanted.ended.wait(20)
         assert wanted.count == 5
         assert all(wanted.right())
         wanted.done()
