@@ -30,6 +30,9 @@ from workers.protocol.messages import Sampling
 GREEDY = Sampling(max_tokens=12, seed=1, temperature=0.0, ignore_eos=True, logprobs=3)
 START = list(range(3, 40))
 PROMPTS = [[*START, 99, 98], [*START, 97], list(range(200, 140, -1)), [5, 6, 7], [40] * 20]
+each_family = pytest.mark.parametrize(
+    "family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_FAMILIES)]
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -68,9 +71,7 @@ def check(engine: Engine, oracle: Oracle, prompts: list[list[int]]) -> None:
                 assert logprob == pytest.approx(float(expected[row, token]), abs=2e-3)
 
 
-@pytest.mark.parametrize(
-    "family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_FAMILIES)]
-)
+@each_family
 def test_the_engine_says_what_transformers_says(family: str, tmp_path: Path) -> None:
     """Prompts in chunks beside decoded tokens, so few blocks that requests are preempted, then prefix hits."""
     path = write_fallback_model(tmp_path / family, family)
@@ -276,7 +277,7 @@ def loaded(path: Path) -> FallbackModel:
     return load_fallback(path, spec, torch.float32, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family
 def test_a_step_does_not_wait_for_the_device(family: str, tmp_path: Path) -> None:
     assert first_wait(loaded(write_fallback_model(tmp_path / family, family))) is None
 
