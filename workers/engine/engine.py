@@ -239,11 +239,6 @@ class Engine:
             return False
         if isinstance(error, GroupBroken):
             return True  # it is made again, into the same blocks
-        if isinstance(error, torch.OutOfMemoryError) and self.scheduler.shrink(plan):
-            logger.warning(
-                "no memory for a step of %d tokens, the next are smaller: %s", plan.num_tokens, error
-            )
-            return True
         raise StepFailed([item.request for item in plan.items]) from error
 
     def _abandon(self, failed: Flight | None) -> None:

@@ -31,8 +31,6 @@ from workers.protocol.messages import Room, TokenLogprobs, prefill_pairs
 # 10.3 s with 2, 5.2 s with 8, 2.7 s with 32. What waits here is past the router's priorities, so there is a bound at all.
 QUEUED_STEPS = 32
 
-_STEPS_TO_REGROW = 64  # from a budget of nothing to a whole one, after a plan for which there was no memory
-
 
 class Scheduler:
     def __init__(
@@ -64,7 +62,6 @@ class Scheduler:
         self.drafted_tokens = 0  # speculated and verified
         self.accepted_tokens = 0  # of these: guessed right
         self.num_flying = 0  # plans in flight
-        self.token_budget = max_num_batched_tokens  # of a plan; less for a while after a lack of memory
         self._clock = clock
         self._num_reserved = 0
         self.fills: list[Fill] = []  # begun and not ended
@@ -235,7 +232,7 @@ class Scheduler:
         """
         if self.num_flying == 2:
             raise RuntimeError("two plans are in flight")
-        budget = self.token_budget
+        budget = self.max_num_batched_tokens
         planned: dict[str, Scheduled] = {}
         preempted = False
         for request, lacking in self._running_by_need():
@@ -285,7 +282,7 @@ class Scheduler:
 
     def extend(self, plan: Plan, drafts: Mapping[str, Sequence[int]]) -> Plan:
         """The plan with drafts, by request id, as far as budget, blocks and max_tokens allow. Nobody is preempted."""
-        budget = self.token_budget - plan.num_tokens
+        budget = self.max_num_batched_tokens - plan.num_tokens
         items = []
         for item in plan.items:
             request, end = item.request, item.start + item.count
@@ -307,9 +304,6 @@ class Scheduler:
         result = StepResult([], [], [], [])
         now = self._clock()
         self._land(plan)
-        if self.token_budget < self.max_num_batched_tokens:
-            grown = self.token_budget + -(-self.max_num_batched_tokens // _STEPS_TO_REGROW)
-            self.token_budget = min(grown, self.max_num_batched_tokens)
         row = 0
         for item in plan.items:
             request, draft, first_row = item.request, item.draft, row
@@ -376,11 +370,6 @@ class Scheduler:
         for item in plan.items:
             if item.request.state is State.LEAVING:
                 self._finish(item.request)
-
-    def shrink(self, plan: Plan) -> bool:
-        """There was no memory for the abandoned plan: those to come are smaller. False when they can't be."""
-        self.token_budget = max(plan.num_tokens // 2, 1)
-        return plan.num_tokens > 1
 
     # --- parts ------------------------------------------------------------------------------------------------------
 

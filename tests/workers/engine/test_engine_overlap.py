@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from bench.simulate.fit import Watch
 from tests.workers.engine.late_runner import Late
@@ -173,24 +172,6 @@ def test_the_pace_is_the_time_between_two_ends(model: PreparedModel, monkeypatch
     assert engine.load().decode_step_s == pytest.approx(0.004), (
         "a step waits for the one before it, and that is not its own"
     )
-
-
-def test_without_memory_steps_are_smaller(model: PreparedModel) -> None:
-    [expected] = make_engine(model).generate([PROMPTS[3]], SAMPLINGS[0])
-    engine = make_engine(model)
-    runner = overlapping(engine)
-    run, sizes = runner._runner.run, []
-
-    def small(step):
-        sizes.append(len(step.arrays.token_ids))
-        if sizes[-1] > 10:
-            raise torch.OutOfMemoryError(f"{sizes[-1]} tokens")
-        return run(step)
-
-    runner._runner.run = small
-    same(engine.generate([PROMPTS[3]], SAMPLINGS[0]), [expected])
-    assert sizes[0] == 32
-    assert 8 in sizes
 
 
 def test_what_times_steps_takes_each_for_what_it_is(model: PreparedModel) -> None:

@@ -401,12 +401,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.scheduler.cancel(request.request_id)
 
     @precondition(lambda self: self.plans)
-    @rule(no_memory=st.booleans())
-    def abandon(self, no_memory: bool) -> None:
-        plan = self.plans.pop()
-        self.scheduler.abandon(plan)
-        if no_memory and self.scheduler.shrink(plan):
-            assert self.scheduler.token_budget < plan.num_tokens
+    @rule()
+    def abandon(self) -> None:
+        self.scheduler.abandon(self.plans.pop())
 
     @invariant()
     def consistent(self) -> None:
