@@ -8,6 +8,7 @@ kernels/relayout.py writes down, which are also those of the native int8 cache: 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -71,7 +72,8 @@ class PagedKv:
     def planes(self) -> int:
         return self.data.shape[2]
 
-    @property
+    # Asked for by every launch, of which a step has several in each layer.
+    @cached_property
     def format(self) -> int:
         """As the Triton kernels call it."""
         if self.wire is None:
@@ -81,7 +83,7 @@ class PagedKv:
         on_gpu = self.data.is_cuda and torch.cuda.get_device_capability(self.data.device) >= (8, 9)
         return _FP8 if on_gpu else _FP8_BITS
 
-    @property
+    @cached_property
     def pointers(self) -> tuple[Tensor, Tensor]:
         """What a kernel reads: the values, and the same memory as float32 (scales), the values again where none are."""
         if self.wire is None:
