@@ -85,11 +85,11 @@ def tiles_of(position: int, count: int, window: tuple[int, int] | None, q: Tenso
 class Chunk:
     """One sequence with several query tokens."""
 
-    covers_all = False
-
     def __init__(
         self, shape: tuple[int, int], start: int, end: int, gather: Tensor, tiles: list[Tile], q: Tensor
     ) -> None:
+        """`shape`: planes and KV heads of the cache; `gather`: tiles of its keys and values; `q`: of the whole step."""
+        self.covers_all = end - start == q.shape[0]
         self._start, self._end, self._gather, self._tiles = start, end, gather, tiles
         self._planes, self._num_kv_heads = shape
         self._no_bias = torch.zeros((1, 1, 1), dtype=q.dtype, device=q.device)
