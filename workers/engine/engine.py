@@ -134,9 +134,8 @@ class Engine:
     def close(self) -> None:
         """Nothing is computed any more: the tiers keep what they can for a later life. Idempotent.
 
-        By the thread that steps, or when it has ended.
+        A step may be in flight, and is not waited for: it writes into no block that is cached.
         """
-        self._abandon(None)
         if self.tiers is not None:
             self.tiers.close(self.pool.cached_blocks())
             self.attach(None)
@@ -241,18 +240,18 @@ class Engine:
             return True  # it is made again, into the same blocks
         raise StepFailed([item.request for item in plan.items]) from error
 
-    def _abandon(self, failed: Flight | None) -> None:
-        """The failed step was never made, nor one behind it, which reads what that was to write. None: nor was any."""
-        first = 0 if failed is None else self._flights.index(failed)
-        for flight in itertools.islice(self._flights, first, None):
-            if flight is not failed and flight.pending is not None:
-                try:
-                    flight.pending.wait()
-                except Exception:
-                    logger.warning("a step that nobody waits for any more has failed", exc_info=True)
-        while len(self._flights) > first:
+    def _abandon(self, failed: Flight) -> None:
+        """The failed step was never made, nor one behind it, which reads what that was to write."""
+        while (last := self._flights.pop()) is not failed:
+            assert last.pending is not None
+            try:
+                last.pending.wait()
+            except Exception:
+                logger.warning("the step behind one that failed has failed, too", exc_info=True)
             with self.lock:
-                self.scheduler.abandon(self._flights.pop().plan)
+                self.scheduler.abandon(last.plan)
+        with self.lock:
+            self.scheduler.abandon(failed.plan)
 
     def _observe_pace(self, plan: Plan, num_tokens: int, num_samples: int, seconds: float) -> None:
         """Of steps that mostly read prompts, and of those that only decode."""

@@ -139,19 +139,21 @@ def test_a_step_that_fails_takes_the_one_behind_it_along_and_nobody_else(model: 
     assert tokens == first.tokens
 
 
-def test_what_was_scheduled_ahead_is_taken_back_at_the_end(model: PreparedModel) -> None:
+def test_what_was_scheduled_ahead_for_who_is_gone_is_waited_for(model: PreparedModel) -> None:
     engine = make_engine(model)
     runner = overlapping(engine)
     with engine.lock:
         engine.scheduler.add(Request(Work("a", PROMPTS[0], SAMPLINGS[2])))
     for _ in range(3):
         engine.step()
-    assert len(engine._flights) == 1
-    engine.close()
-    assert not engine._flights
+    assert len(runner._queue) == 1
+    engine.scheduler.cancel("a")
+    assert engine.scheduler.has_work
+    assert engine.pool.num_referenced > 0
+    assert engine.step()
+    assert not engine.step()
     assert not runner._queue
     engine.scheduler.check()
-    engine.scheduler.cancel("a")
     assert engine.pool.num_referenced == 0
 
 
