@@ -1,8 +1,8 @@
 """The prefill side of a test as a process of its own: CUDA opens no memory in the process that exports it.
 
-    python -m tests.workers.transfer.gpu_sender DEVICE ROADS COMPRESSION < ticket, work
+    python -m tests.workers.transfer.gpu_sender DEVICE ROADS COMPRESSION DTYPE < ticket, work
 
-DEVICE is as torch has it, or `fake`. Reads frames of msgpack until the end of its input, hands each over, and prints a
+DEVICE is as torch has it, or `fake`; DTYPE is that of the cache. Reads frames of msgpack until the end of its input, hands each over, and prints a
 line of JSON for it: how it ended, the road, why others were passed over.
 """
 
@@ -17,7 +17,7 @@ import msgspec
 
 from tests.workers.transfer.fake_cuda import FakeCuda, World
 from tests.workers.transfer.gpu_pair import on_gpu
-from tests.workers.transfer.pair import PatternEngine, PrefillSide, until
+from tests.workers.transfer.pair import LAYOUT, PatternEngine, PrefillSide, until
 from workers.cuda import Cuda, CupyCuda
 from workers.protocol.messages import Ticket, Work
 from workers.transfer import roads
@@ -30,12 +30,12 @@ class Task(msgspec.Struct):
     ticket: Ticket
 
 
-def main(device: str, allowed: str, compression: str) -> None:
+def main(device: str, allowed: str, compression: str, dtype: str) -> None:
     cuda: Cuda = CupyCuda()
     if device == "fake":
         cuda, device = FakeCuda(World(), "GPU P"), "cpu"
         roads.ROADS.update({"nccl": Nccl(cuda), "cuda_ipc": CudaIpc(cuda)})
-    engine = PatternEngine(256)
+    engine = PatternEngine(256, layout=msgspec.structs.replace(LAYOUT, dtype=dtype))
     side = PrefillSide(
         engine,
         allowed.split(","),

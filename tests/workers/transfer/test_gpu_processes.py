@@ -16,7 +16,7 @@ import torch
 from tests.workers.transfer.fake_cuda import FakeCuda, World
 from tests.workers.transfer.gpu_pair import on_gpu
 from tests.workers.transfer.gpu_sender import Task
-from tests.workers.transfer.pair import DecodeSide, PatternEngine, at_rest, work
+from tests.workers.transfer.pair import LAYOUT, DecodeSide, PatternEngine, at_rest, work
 from workers.cuda import Cuda, CupyCuda
 from workers.transfer import roads
 from workers.transfer.cuda_ipc import CudaIpc
@@ -26,7 +26,9 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class Sender:
-    def __init__(self, device: str, allowed: list[str], compression: str = "none") -> None:
+    def __init__(
+        self, device: str, allowed: list[str], compression: str = "none", dtype: str = "float32"
+    ) -> None:
         command = [
             sys.executable,
             "-m",
@@ -34,6 +36,7 @@ class Sender:
             device,
             ",".join(allowed),
             compression,
+            dtype,
         ]
         self._process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -63,8 +66,10 @@ class Sender:
             self._process.wait()
 
 
-def decode_side(cuda: Cuda, device: str, channels: list[str], compression: str = "none") -> DecodeSide:
-    engine = PatternEngine(256)
+def decode_side(
+    cuda: Cuda, device: str, channels: list[str], compression: str = "none", dtype: str = "float32"
+) -> DecodeSide:
+    engine = PatternEngine(256, layout=msgspec.structs.replace(LAYOUT, dtype=dtype))
     memories = on_gpu(engine, cuda, device)
     return DecodeSide(engine, channels, memories=memories, io_timeout_s=20.0, compression=compression)
 
@@ -89,12 +94,15 @@ def senders() -> Iterator[list[Sender]]:
         sender.end()
 
 
-def test_memory_of_another_process(monkeypatch: pytest.MonkeyPatch, senders: list[Sender]) -> None:
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("fp8", marks=pytest.mark.slow)])
+def test_memory_of_another_process(
+    monkeypatch: pytest.MonkeyPatch, senders: list[Sender], dtype: str
+) -> None:
     """The stand-in, but two processes, a unix socket and descriptors that travel over it."""
     cuda = FakeCuda(World(), "GPU D")
     monkeypatch.setitem(roads.ROADS, "cuda_ipc", CudaIpc(cuda))
-    d = decode_side(cuda, "cpu", ["cuda_ipc"])
-    senders.append(Sender("fake", ["cuda_ipc"]))
+    d = decode_side(cuda, "cpu", ["cuda_ipc"], dtype=dtype)
+    senders.append(Sender("fake", ["cuda_ipc"], dtype=dtype))
     check(senders[0], d, "cuda_ipc")
     assert len(cuda.open_handles) == 1
     senders[0].kill()
@@ -113,10 +121,11 @@ def need(num_gpus: int, *, nccl: bool) -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_ipc_on_one_gpu(senders: list[Sender]) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "fp8"])
+def test_cuda_ipc_on_one_gpu(senders: list[Sender], dtype: str) -> None:
     need(1, nccl=False)
-    d = decode_side(CupyCuda(), "cuda:0", ["cuda_ipc"])
-    senders.append(Sender("cuda:0", ["cuda_ipc"]))
+    d = decode_side(CupyCuda(), "cuda:0", ["cuda_ipc"], dtype=dtype)
+    senders.append(Sender("cuda:0", ["cuda_ipc"], dtype=dtype))
     check(senders[0], d, "cuda_ipc")
     d.stop()
 
