@@ -212,6 +212,7 @@ def test_unknown_tensor(tmp_path: Path) -> None:
         prepare(write_gguf(small(tmp_path / "hf"), tmp_path / "m.gguf", tensors=extra))
 
 
+@pytest.mark.slow
 def test_default_model_equals_transformers_import(smollm2: PreparedModel, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
