@@ -293,7 +293,7 @@ async def test_kill_9_of_a_worker_is_mended_without_a_hand(serving: Serving) -> 
             before = serving.workers()[victim]
             tokens.clear()
             asking = [asyncio.create_task(ask(seed)) for seed in range(4)]
-            while len(tokens) < 4 or min(map(len, tokens.values())) < 20:  # noqa: ASYNC110 - every token would wake it
+            while len(tokens) < 4 or min(map(len, tokens.values())) < 20:
                 assert not any(task.done() for task in asking), "too late to disturb anything"
                 await asyncio.sleep(0.002)
             os.kill(before["pid"], signal.SIGKILL)
