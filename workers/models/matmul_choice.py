@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 # A form is chosen for up to so many rows; the last one for all that are more.
 BUCKETS = (1, 16, 32, 64, 128, 256, 512, 1024, 4096)
 
+_WORTH_MEASURING = 1 << 20
 _RUNS = 5
 _CHECKED_ROWS, _CHECKED_COLUMNS = 5, 2048
 # Of the largest result: operands and results of 16 bits round, activations of 8 bits (fp8: 2^-4) far more.
@@ -51,15 +52,16 @@ class CudaTimer:
         properties = torch.cuda.get_device_properties(device)
         self.multiprocessors: int = properties.multi_processor_count
         self._device = device
-        self._other = torch.empty(2 * properties.L2_cache_size, dtype=torch.uint8, device=device)
+        self._l2_bytes: int = properties.L2_cache_size
 
     def seconds(self, launch: Callable[[], object]) -> float:
         """The median of a few."""
+        other = torch.empty(2 * self._l2_bytes, dtype=torch.uint8, device=self._device)
         event = partial(torch.cuda.Event, enable_timing=True)
         events = [(event(), event()) for _ in range(_RUNS)]
         launch()  # compiles
         for begin, end in events:
-            self._other.zero_()  # so long that the launch is queued before the GPU comes to it
+            other.zero_()  # so long that the launch is queued before the GPU comes to it
             begin.record()
             launch()
             end.record()
@@ -71,14 +73,20 @@ class Choices:
     """Of one kind of device. `timer` None: nothing is measured, the first of the forms is taken."""
 
     def __init__(
-        self, timer: Timer | None, file: Path | None, multiprocessors: int = _UNKNOWN_MULTIPROCESSORS
+        self,
+        timer: Timer | None,
+        file: Path | None,
+        multiprocessors: int = _UNKNOWN_MULTIPROCESSORS,
+        worth_measuring: int = _WORTH_MEASURING,
     ) -> None:
+        """worth_measuring: weights that a matrix must have; any form will do for a smaller one."""
         self._timer, self._file, self._multiprocessors = timer, file, multiprocessors
+        self._worth_measuring = worth_measuring
         self._names = {} if file is None else _read(file)
 
     def of(self, weight: Weight, dtype: torch.dtype) -> list[MatmulForm]:
         """A form for each of BUCKETS; the result is to be of `dtype`."""
-        if self._timer is None:
+        if self._timer is None or weight.shape[0] * weight.shape[1] < self._worth_measuring:
             return [forms_of(weight, rows, self._multiprocessors)[0] for rows in BUCKETS]
         shape, began = _shape(weight, dtype), time.monotonic()
         names = self._names.setdefault(shape, {})

@@ -49,7 +49,9 @@ def forms_of(weight: Weight, rows: int, multiprocessors: int) -> list[MatmulForm
 
 
 def _too_many(weight: Weight, rows: int) -> bool:
-    return rows > (_FEW_ROWS if isinstance(weight, Tensor) else _MOST_FUSED_ROWS)
+    if not isinstance(weight, Tensor):
+        return rows > _MOST_FUSED_ROWS
+    return rows > _FEW_ROWS or weight.dtype == torch.float32  # which has no matrix units
 
 
 def _fused(weight: Weight, rows: int, multiprocessors: int) -> Iterator[MatmulForm]:

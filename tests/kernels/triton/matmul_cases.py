@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,7 +169,7 @@ def test_every_form_of_a_product_is_right(
         weight = replace(quantized(format, n, k, group, ordered=True), dtype=dtype)
     forms = matmul_forms.forms_of(weight, rows, 4)
     names = {form.name.split()[0] for form in forms}
-    assert ("fused" in names) == (rows <= (64 if format == "floats" else 512))
+    assert ("fused" in names) == (rows <= 512 and format != "floats")
     assert ("int8" in names) == (format == "int8" and rows >= 32)
     assert ("fp8" in names) == (dtype == torch.bfloat16)
     one_of_each = {form.name.split()[0]: form for form in forms}.values()
@@ -185,3 +186,27 @@ def test_a_linear_layer_takes_what_is_usual(rows: int) -> None:
     weight, bias = replace(quantized("int8", 24, 64, 32), dtype=torch.float32), normal(24)
     linear, x = DeviceLinear(weight, bias, choices=matmul_choice.Choices(None, None)), normal(rows, 64)
     torch.testing.assert_close(linear(x), reference.multiply(x, weight, bias), rtol=1e-5, atol=1e-4)
+
+
+def test_floats_of_16_bits_have_both_forms() -> None:
+    weight = normal(40, 128, dtype=torch.float16)
+    forms = matmul_forms.forms_of(weight, 3, 2)
+    assert [form.name for form in forms][:2] == ["library", "fused 64x16/4"]
+    assert all(matmul_choice._is_right(form, weight, torch.float16, 3) for form in forms)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="nothing can be timed without a GPU")
+@pytest.mark.parametrize("format", ["fp8", "int4"])
+def test_what_is_measured_is_right(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way on a GPU: every form is tried, the fastest kept, and read by the next process."""
+    monkeypatch.setenv("HEADRACE_CACHE", str(tmp_path))
+    weight = quantized(format, 1024, 2048, WHOLE if format == "fp8" else 128)
+    for _ in range(2):
+        matmul_choice.choices_on.cache_clear()
+        linear = DeviceLinear(weight, None)
+        for rows in (1, 20, 300, 5000):
+            x = normal(rows, 2048, dtype=torch.bfloat16)
+            want = reference.multiply(x, weight)
+            assert (linear(x) - want).abs().max() <= 0.06 * want.abs().max()
+    assert len(list((tmp_path / "matmul").glob("*.json"))) == 1
+    matmul_choice.choices_on.cache_clear()

@@ -55,6 +55,10 @@ class Forms:
         return [form(name) for name in times]
 
 
+def choices(clock: Clock | None = None, file: Path | None = None) -> Choices:
+    return Choices(clock or Clock(), file, worth_measuring=24 * 64)
+
+
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul_choice, "forms_of", Forms.of)
@@ -73,20 +77,27 @@ def test_the_fastest_right_form_is_taken_for_each_number_of_rows(
     matrix: QuantizedMatrix, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = Clock()
-    chosen = [form.name for form in Choices(clock, None).of(matrix, torch.float32)]
+    chosen = [form.name for form in choices(clock).of(matrix, torch.float32)]
     assert chosen == ["few" if 1 + rows < 50 + rows / 10 else "many" for rows in BUCKETS]
     assert {"few", "many"} == set(chosen) == set(clock.measured)
     assert "broken of 24x64 int8 by 32, float32 to float32 is left out: out of resources" in caplog.text
     assert "wrong of 24x64 int8 by 32, float32 to float32 is left out: wrong by 0.2" in caplog.text
 
 
+def test_small_matrices_are_not_measured(matrix: QuantizedMatrix) -> None:
+    clock = Clock()
+    forms = Choices(clock, None, worth_measuring=24 * 64 + 1).of(matrix, torch.float32)
+    assert [form.name for form in forms] == ["few"] * len(BUCKETS)
+    assert not clock.measured
+
+
 def test_what_was_measured_is_kept_in_the_file(tmp_path: Path, matrix: QuantizedMatrix) -> None:
     file = tmp_path / "matmul" / "gpu.json"
-    first = Choices(Clock(), file)
+    first = choices(Clock(), file)
     chosen = [form.name for form in first.of(matrix, torch.float32)]
     again = Clock()
     first.of(matrix, torch.float32)  # the next layer
-    assert [form.name for form in Choices(again, file).of(matrix, torch.float32)] == chosen
+    assert [form.name for form in choices(again, file).of(matrix, torch.float32)] == chosen
     assert not again.measured
     held = json.loads(file.read_text())
     assert held["24x64 int8 by 32, float32 to float32"]["1"] == "few"
@@ -96,7 +107,7 @@ def test_what_was_measured_is_kept_in_the_file(tmp_path: Path, matrix: Quantized
     held["another shape"] = {"1": "few"}
     file.write_text(json.dumps(held))
     clock = Clock()
-    Choices(clock, file).of(matrix, torch.float32)
+    choices(clock, file).of(matrix, torch.float32)
     assert len(clock.measured) == 2  # of one row alone
     assert json.loads(file.read_text())["another shape"] == {"1": "few"}
     assert json.loads(file.read_text())["24x64 int8 by 32, float32 to float32"]["1"] == "few"
@@ -106,7 +117,7 @@ def test_what_was_measured_is_kept_in_the_file(tmp_path: Path, matrix: Quantized
 def test_a_damaged_file_is_measured_anew(tmp_path: Path, content: str, matrix: QuantizedMatrix) -> None:
     file = tmp_path / "gpu.json"
     file.write_text(content)
-    assert Choices(Clock(), file).of(matrix, torch.float32)[0].name == "few"
+    assert choices(Clock(), file).of(matrix, torch.float32)[0].name == "few"
     assert isinstance(json.loads(file.read_text())["24x64 int8 by 32, float32 to float32"], dict)
 
 
@@ -114,19 +125,19 @@ def test_a_file_that_cannot_be_written_is_told(
     tmp_path: Path, matrix: QuantizedMatrix, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    assert Choices(Clock(), tmp_path / "file" / "gpu.json").of(matrix, torch.float32)[0].name == "few"
+    assert choices(Clock(), tmp_path / "file" / "gpu.json").of(matrix, torch.float32)[0].name == "few"
     assert "the next start measures again" in caplog.text
 
 
 def test_no_form_that_works_is_an_error(matrix: QuantizedMatrix, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul_choice, "forms_of", lambda *given: Forms.of(*given)[2:])
     with pytest.raises(RuntimeError, match="no form of the product of 24x64 int8 by 32"):
-        Choices(Clock(), None).of(matrix, torch.float32)
+        choices().of(matrix, torch.float32)
 
 
 def test_the_layer_takes_the_form_of_its_rows(matrix: QuantizedMatrix) -> None:
     bias = torch.arange(24.0)
-    linear = DeviceLinear(matrix, bias, choices=Choices(Clock(), None))
+    linear = DeviceLinear(matrix, bias, choices=choices())
     for rows, name in ((1, "few"), (16, "few"), (17, "few"), (65, "many"), (5000, "many"), (0, "few")):
         x = torch.ones(rows, 64)
         torch.testing.assert_close(linear(x), reference_matmul.multiply(x, matrix, bias))
