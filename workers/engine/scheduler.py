@@ -242,9 +242,7 @@ class Scheduler:
                 continue
             start = request.num_computed_tokens + request.num_flying_tokens
             count = min(lacking, budget)
-            while start + count > len(request.block_table) * self.block_size and not self._grow(
-                request, start + count
-            ):
+            while not self._grow(request, start + count):
                 if self.num_flying:
                     return Plan(())
                 preempted = True
