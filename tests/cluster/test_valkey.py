@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from cluster.valkey import EmbeddedValkey, ValkeyError, free_port
 
@@ -58,7 +60,8 @@ def test_it_wants_its_password_and_hides_it() -> None:
     server.start()
     try:
         port = int(server.url.rpartition(":")[2].partition("/")[0])
-        with redis.Redis(port=port) as stranger, pytest.raises(redis.AuthenticationError):
+        once = Retry(NoBackoff(), 0)
+        with redis.Redis(port=port, retry=once) as stranger, pytest.raises(redis.AuthenticationError):
             stranger.ping()
         password = server.url.partition("//:")[2].partition("@")[0]
         assert password not in Path(f"/proc/{server.pid}/cmdline").read_text()

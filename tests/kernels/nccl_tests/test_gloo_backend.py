@@ -34,7 +34,9 @@ def team_of(
     team.close()
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    "num_ranks", [1, 3, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_every_operation_type_and_reduction(num_ranks: int) -> None:
     with team_of(num_ranks) as team:
         for operation in OPERATIONS.values():
