@@ -5,18 +5,13 @@ from __future__ import annotations
 import logging
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kernels import reference_step_inputs
-from kernels.cpu.decoder import StepArrays
 from workers.config import EngineConfig
 from workers.device_memory import DevicePages, exportable_pages
 from workers.engine.backend import configured_blocks
-from workers.engine.request import Request
-from workers.engine.sampler import SampleInput
-from workers.engine.step_input import StepInput
 from workers.gpu.buckets import Buckets, Shape, decode_shapes, mixed_shapes
 from workers.gpu.buffers import Outputs, StepBuffers
 from workers.gpu.device import CudaDevice, device_for
@@ -25,10 +20,11 @@ from workers.gpu.graphs import CudaGraphs, Graphs
 from workers.gpu.memory import Budget, DeviceMemory, MemoryAtStart, memory_for
 from workers.gpu.runner import DeviceRunner, Model, PlaceInputs
 from workers.gpu.sampler import DeviceSampler
+from workers.gpu.trial import largest_step, warm_steps
 from workers.models.catalog import PreparedModel
 from workers.models.ops import Ops
 from workers.parallel.collectives import ALONE, Parallel
-from workers.protocol.messages import KvLayout, Sampling, Work
+from workers.protocol.messages import KvLayout
 from workers.shared_memory import SharedPages
 
 logger = logging.getLogger(__name__)
@@ -71,9 +67,10 @@ class DeviceBackend:
         self.layout = layout
         self._config, self._model, self._weights = config, model, weights
         self._kernels = kernels or model.ops.name
-        self._start, self._parallel = start, parallel
-        self._spread = spread
-        capturable = graphs and not spread and model.ops.name == "triton" and model.device.type == "cuda"
+        # A step with other ranks' experts is made when their group has met, and not before.
+        self._start, self._spread, self._parallel = None if spread else start, spread, parallel
+        self._compiles = model.ops.name == "triton" and model.device.type == "cuda"
+        capturable = graphs and not spread and self._compiles
         self._captures = capturable and config.graphs != "none"
         self._max_model_len = min(config.max_model_len or prepared.max_model_len, prepared.max_model_len)
         self._device = device_for(model.device, own_queue=not spread)
@@ -81,6 +78,7 @@ class DeviceBackend:
         self._most = Shape(most_tokens, config.max_num_seqs, most_tokens, most_tokens)
         width = -(-self._max_model_len // layout.block_size)
         self._buffers = StepBuffers(self._device, self._most, width, layout.block_size)
+        self._trial = self._most, self._max_model_len, layout.block_size, parallel.shard.first
         captured_rows = max((shape.rows for shape in self._buckets().all), default=0)
         self._outputs = Outputs.of(model.device, most_tokens, captured_rows, prepared.vocab_size)
         draw: Draw = TorchDraw()
@@ -111,34 +109,9 @@ class DeviceBackend:
         with memory_for("the largest step", "lower engine.max_num_batched_tokens or engine.max_num_seqs"):
             cache = self._model.new_kv_cache(1, self.layout.block_size)
             runner = self._runner_over(cache, None)
-            activations = memory.peak_of(lambda: runner.run(self._largest_step()))
+            step = largest_step(*self._trial)
+            activations = memory.peak_of(lambda: runner.run(step))
             return cache.nbytes, activations, self._graph_bytes(runner)
-
-    def _largest_step(self) -> StepInput:
-        """One long chunk and as many sequences of one token as may run, all of whole contexts, with all that sampling
-        can be asked for. Nothing is written: there is one block."""
-        seqs, tokens = self._most.seqs, self._most.tokens
-        length, size = self._max_model_len, self.layout.block_size
-        chunk = min(tokens - seqs + 1, length)
-        counts = np.array([chunk, *[1] * (seqs - 1)], np.int32)
-        query_start = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
-        positions = np.concatenate([np.arange(length - count, length) for count in counts]).astype(np.int32)
-        arrays = StepArrays(
-            token_ids=np.zeros(len(positions), np.int32),
-            positions=positions,
-            slots=np.full(len(positions), -1, np.int64),
-            query_start=query_start,
-            lengths=np.full(seqs, length, np.int32),
-            blocks=np.zeros(-(-length // size), np.int32),
-            block_start=np.zeros(seqs, np.int32),
-            rows=query_start[1:] - 1,
-        )
-        sampling = Sampling(
-            max_tokens=1, seed=0, temperature=1.0, top_k=50, top_p=0.9, logprobs=20, repetition_penalty=1.1
-        )
-        work = Work(request_id="largest-step", prompt=[0], sampling=sampling)
-        samples = [SampleInput(Request(work), 0) for _ in range(seqs)] if self._parallel.shard.first else []
-        return StepInput(arrays, samples)
 
     def _graph_bytes(self, runner: DeviceRunner) -> int:
         """What all graphs will take, from the largest and some of the others."""
@@ -165,6 +138,9 @@ class DeviceBackend:
                 "CUDA graphs", "lower engine.gpu_memory_utilization, or set engine.graphs to none"
             ):
                 runner.capture(graphs, self._buckets())
+        if self._compiles and not self._spread:
+            for step in warm_steps(*self._trial):
+                runner.run_launched(step)
         return runner
 
     def _make_runner(self, num_blocks: int, share_kv: bool) -> DeviceRunner:

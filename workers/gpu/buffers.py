@@ -1,9 +1,9 @@
 """A step's inputs on their way to the device: packed on the host, sent in one copy, read where they land.
 
 The device's side is one persistent buffer. What lies where in it hangs on the step's shape alone, but for the block
-tables, which come last and only as wide as this step's longest context: a captured graph begins with a launch that
-spreads them into tables of full width. The host's side is a pair of pinned buffers, written in turn: while the device
-still reads one, the next step is written to the other.
+tables, which come last and only as wide as this step's longest context: a step begins with a launch that spreads them
+into tables of full width, whose place and stride never change. The host's side is a pair of pinned buffers, written in
+turn: while the device still reads one, the next step is written to the other.
 """
 
 from __future__ import annotations
@@ -93,13 +93,13 @@ class StepBuffers:
         self._turn = 0
         self._device = device
         self._on_device = torch.zeros(self.num_bytes, dtype=torch.uint8, device=device.device)
-        # Of captured steps: the graph spreads the packed tables into these.
+        # The packed tables are spread into these.
         self.tables = torch.zeros((most.seqs, table_width), dtype=torch.int32, device=device.device)
 
-    def send(self, arrays: StepArrays, carried: Sequence[tuple[int, int]], shape: Shape) -> int:
+    def send(self, arrays: StepArrays, carried: Sequence[tuple[int, int]], shape: Shape) -> None:
         """Queue the step's arrays for the device, filled up to `shape`; what fills up is described at AttentionStep.
 
-        Returns the width of its tables. Raises ValueError where the step is larger than `most`.
+        Raises ValueError where the step is larger than `most`.
         """
         layout = _Layout.of(shape)
         counts = -(-arrays.lengths // self._block_size)
@@ -114,7 +114,6 @@ class StepBuffers:
         self._pack(self._arrays[turn], layout, arrays, carried, shape, counts, width)
         self._on_device[:end].copy_(self._host[turn][:end], non_blocking=True)
         self._sent[turn] = self._device.mark()
-        return width
 
     def staged(self, shape: Shape) -> StagedStep:
         """Where a step of this shape lies on the device."""

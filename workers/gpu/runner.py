@@ -103,6 +103,10 @@ class DeviceRunner:
     def run(self, step: StepInput) -> list[Sampled]:
         return self.submit(step).wait()
 
+    def run_launched(self, step: StepInput) -> list[Sampled]:
+        """Without a graph, even where there is one."""
+        return self._submit(step, None).wait()
+
     def submit(self, step: StepInput) -> Pending:
         """See workers.engine.backend.Runner. A step for which there is no memory is run in parts."""
         tokens = len(step.arrays.token_ids)
@@ -145,11 +149,9 @@ class DeviceRunner:
         max_queries = int(np.diff(arrays.query_start).max())
         # A chunk that samples nothing still ends in a row.
         shape = Shape(len(arrays.token_ids), len(arrays.lengths), max(rows, 1), max_queries)
-        width = self._buffers.send(arrays, step.carried, shape)
-        staged = self._buffers.staged(shape)
-        if step.carried:
-            self._place(staged, self._buffers.tables[: shape.seqs])
-        tables = staged.packed_tables[: shape.seqs * width].view(shape.seqs, width)
+        self._buffers.send(arrays, step.carried, shape)
+        staged, tables = self._buffers.staged(shape), self._buffers.tables[: shape.seqs]
+        self._place(staged, tables)
         hidden = self._forward(staged, staged.attention(tables, int(arrays.lengths.max())))
         logits = self._model.logits(hidden)[:rows] if rows else self._logits[:0]
         choose_best(logits, self._tokens[:rows])

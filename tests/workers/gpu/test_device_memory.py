@@ -13,6 +13,7 @@ from workers.engine.backend import kv_layout
 from workers.gpu.backend import DeviceBackend
 from workers.gpu.buckets import Buckets
 from workers.gpu.memory import Budget, MemoryAtStart, memory_for
+from workers.gpu.trial import largest_step, warm_steps
 from workers.models.catalog import PreparedModel, prepare_model
 from workers.models.decoder import Decoder, load_decoder
 from workers.models.random_model import write_random_model
@@ -49,9 +50,14 @@ def decoder(prepared: PreparedModel) -> Decoder:
 
 
 def backend(
-    prepared: PreparedModel, decoder: Decoder, memory: Memory, settings: dict[str, Any]
+    prepared: PreparedModel,
+    decoder: Decoder,
+    memory: Memory,
+    settings: dict[str, Any],
+    tokens: int = 64,
+    seqs: int = 8,
 ) -> DeviceBackend:
-    config = EngineConfig(device="cpu", max_num_batched_tokens=64, max_num_seqs=8, **settings)
+    config = EngineConfig(device="cpu", max_num_batched_tokens=tokens, max_num_seqs=seqs, **settings)
     layout = kv_layout(decoder.spec, config.block_size, "float32", prepared.fingerprint)
     start = MemoryAtStart(memory, memory.at_start, memory.total)
     return DeviceBackend(config, prepared, decoder, layout, weights="float32", start=start)
@@ -140,3 +146,26 @@ def test_out_of_memory_at_the_start_is_an_error_for_people() -> None:
         memory_for("12 KV blocks", "lower this"),
     ):
         raise torch.OutOfMemoryError("Tried to allocate 20 GiB")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seqs", "length"), [(64, 8, 2048), (600, 64, 40), (8, 8, 2048), (3, 1, 2), (1, 1, 1)]
+)
+def test_steps_that_are_made_up_are_ones_that_could_come(
+    prepared: PreparedModel, decoder: Decoder, tokens: int, seqs: int, length: int
+) -> None:
+    """Tried by the runner of a cache of one block, of which nothing is written."""
+    made = backend(prepared, decoder, Memory(), {"max_model_len": length}, tokens, seqs)
+    runner = made.runner(1)
+    runner.kv_cache.fill_(0.5)
+    steps = [largest_step(*made._trial), *warm_steps(*made._trial)]
+    assert len(steps[0].arrays.token_ids) == min(tokens, seqs * length), "the largest"
+    sizes = set()
+    for step in steps:
+        assert len(step.arrays.token_ids) <= tokens
+        assert len(step.arrays.lengths) <= seqs
+        assert step.arrays.positions.max() < length
+        assert len(runner.run_launched(step)) == len(step.samples) == len(step.arrays.lengths)
+        sizes.add(len(step.arrays.lengths))
+    assert sizes == {n for n in (1, 3, 16) if n <= seqs} | {seqs}
+    assert bool((runner.kv_cache == 0.5).all())
