@@ -109,6 +109,7 @@ class Worker:
             on_fetch=self.serving.handoffs.send_prefix,
         )
         self.serving.tickets.endpoints = self._receiver.endpoints
+        self.serving.tickets.ranks = len(memories)
         self.info = self._describe(address)
         self._receiver.start(self.info)
         if config.redis_url is not None:

@@ -32,6 +32,13 @@ def prompts(count: int) -> list[list[int]]:
     return [shared[: rng.randrange(41)] + [rng.randrange(3, 250) for _ in range(100)] for _ in range(count)]
 
 
+async def assert_handed_over(cluster: LocalCluster) -> None:
+    """Right tokens would come, too, if the decode worker read every prompt itself."""
+    loads = {name: status.load for name, status in (await cluster.status()).items()}
+    assert loads["decode-0"].prompt_tokens == 0
+    assert loads["prefill-0"].peers["decode-0"].sent_bytes > 0
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("ranks", "channels"),
@@ -55,8 +62,24 @@ async def test_right_tokens_from_prefill_to_decode(
             answers = await cluster.ask_all(given, name=name, max_tokens=24, ignore_eos=True)
             for prompt, answer in zip(given, answers, strict=True):
                 assert oracle.fault(prompt, answer.tokens) is None
+            if name == "first":
+                await assert_handed_over(cluster)
         found = {m.info.role: m.info.ranks for m in cluster.dispatcher.fleet.members()}
         assert found == {"prefill": 1, "decode": 1} | ranks
+        await cluster.assert_at_rest()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+async def test_latents_that_every_rank_has_and_experts_cut_in_parts(tmp_path: Path, family: str) -> None:
+    path = write_random_model(tmp_path, {"model_type": family, "max_position_embeddings": 2048}, seed=3)
+    oracle, given = Oracle(path), prompts(4)
+    async with LocalCluster(path, tensor_parallel={"prefill": 2, "decode": 4}, timeout_s=20.0) as cluster:
+        answers = await cluster.ask_all(given, max_tokens=24, ignore_eos=True)
+        for prompt, answer in zip(given, answers, strict=True):
+            assert oracle.fault(prompt, answer.tokens) is None
+        await assert_handed_over(cluster)
         await cluster.assert_at_rest()
 
 
