@@ -6,8 +6,10 @@ import pytest
 
 from bench.simulate.fit import Watch
 from tests.workers.engine.late_runner import Late
+from tests.workers.engine.test_engine_speculation import Always
 from workers.config import EngineConfig
 from workers.engine.engine import Completion, Engine, StepFailed
+from workers.engine.ngram import NgramProposer
 from workers.engine.pending import Pending
 from workers.engine.plan import StepResult
 from workers.engine.request import Request
@@ -107,6 +109,16 @@ def test_penalties_beside_requests_without(model: PreparedModel) -> None:
     runner = overlapping(engine)
     same(engine.generate(prompts, samplings), expected)
     assert runner.most_waiting == 2, "once nobody has penalties any more"
+
+
+def test_guesses_hang_on_known_tokens(model: PreparedModel) -> None:
+    expected = make_engine(model).generate(PROMPTS, SAMPLINGS)
+    engine = make_engine(model)
+    runner = overlapping(engine)
+    engine.speculation = Always(NgramProposer(1, 3))  # type: ignore[assignment]
+    same(engine.generate(PROMPTS, SAMPLINGS), expected)
+    assert (runner.most_waiting, runner.num_carried) == (1, 0)
+    assert engine.load().drafted_tokens > 0
 
 
 def test_a_step_that_fails_takes_the_one_behind_it_along_and_nobody_else(model: PreparedModel) -> None:
