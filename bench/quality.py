@@ -26,15 +26,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.attention_step import AttentionStep
+from kernels.quantized_matrix import Weight
+from kernels.reference_matmul import RowFormat, quantize_rows
 from kernels.reference_relayout import Wire
 from workers.models.catalog import PreparedModel, prepare_model
 from workers.models.checkpoint import read_json
 from workers.models.decoder import Decoder
+from workers.models.linear import Linear, make_linear
+from workers.models.ops import Ops, torch_ops
 from workers.models.scheme import Scheme, choose_scheme
 from workers.models.spec import DecoderSpec
 from workers.models.weights import load_weights
 
 BLOCK_SIZE = 16
+_HEAD_ROWS = 32768  # no other matrix of a model that fits here has as many outputs
 _ROWS = 64  # of logits at a time, so that they stay near the core
 
 
@@ -58,7 +63,8 @@ class TransformersLogits:
 
 
 class TorchLogits:
-    """Weights rounded as `scheme` says; activations in `dtype`, not rounded to integers as native kernels do."""
+    """Weights rounded as `scheme` says; activations in `dtype`, not rounded to integers as native kernels do, but to
+    `rows` by row where given, before every product but the head's: as a GPU's units for such numbers want them."""
 
     def __init__(
         self,
@@ -67,10 +73,11 @@ class TorchLogits:
         dtype: torch.dtype,
         window: int,
         kv_wire: Wire | None = None,
+        rows: RowFormat | None = None,
     ) -> None:
         spec = DecoderSpec.from_config(read_json(model.path / "config.json"))
         weights = load_weights(model.path, spec, dtype, torch.device("cpu"), scheme)
-        self._decoder = Decoder(spec, weights, max_positions=window, kv_wire=kv_wire)
+        self._decoder = Decoder(spec, weights, max_positions=window, ops=_ops(rows), kv_wire=kv_wire)
         self._cache = self._decoder.new_kv_cache(-(-window // BLOCK_SIZE), BLOCK_SIZE)
 
     def __call__(self, token_ids: Sequence[int]) -> Tensor:
@@ -80,6 +87,26 @@ class TorchLogits:
         step = AttentionStep.of([0, length], [length], blocks, positions)
         hidden = self._decoder.forward(torch.tensor(list(token_ids)), positions, self._cache, step)
         return self._decoder.logits(hidden)
+
+
+def _ops(rows: RowFormat | None) -> Ops:
+    ops: Any = torch_ops()
+    if rows is None:
+        return ops  # type: ignore[no-any-return]
+
+    def linear(weight: Weight, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Linear:
+        product = make_linear(weight, bias, dtype)
+        if weight.shape[0] > _HEAD_ROWS:
+            return product
+
+        def rounded(x: Tensor) -> Tensor:
+            q, scale = quantize_rows(x, rows)
+            return product((q.float() * scale).to(x.dtype))
+
+        return rounded
+
+    ops.linear = linear
+    return ops  # type: ignore[no-any-return]
 
 
 class NativeLogits:
@@ -173,10 +200,13 @@ def formats(model: PreparedModel, window: int) -> dict[str, Callable[[], Logits]
     """What can be measured, by name; each is loaded when called."""
 
     def torch_format(
-        quantization: str, dtype: torch.dtype = torch.bfloat16, kv_wire: Wire | None = None
+        quantization: str,
+        dtype: torch.dtype = torch.bfloat16,
+        kv_wire: Wire | None = None,
+        rows: RowFormat | None = None,
     ) -> Callable[[], Logits]:
         scheme = choose_scheme(quantization, model.path)
-        return lambda: TorchLogits(model, scheme, dtype, window, kv_wire)
+        return lambda: TorchLogits(model, scheme, dtype, window, kv_wire, rows)
 
     def native_format(quantization: str, kv: str = "auto") -> Callable[[], Logits]:
         return lambda: NativeLogits(model, quantization, kv, window)
@@ -184,7 +214,8 @@ def formats(model: PreparedModel, window: int) -> dict[str, Callable[[], Logits]
     found = {"torch fp32": torch_format("none", torch.float32), "torch bf16": torch_format("none")}
     wires: tuple[Wire, ...] = ("int8", "fp8")
     found |= {f"torch bf16, {wire} KV": torch_format("none", kv_wire=wire) for wire in wires}
-    found |= {f"torch {name}": torch_format(name) for name in ("int8", "int4")}
+    found |= {f"torch {name}": torch_format(name) for name in ("int8", "int4", "fp8")}
+    found["torch fp8, rounded rows"] = torch_format("fp8", rows="fp8")
     if choose_scheme("stored", model.path).name == "stored":
         found["torch stored"] = torch_format("stored")
         found["native stored"] = native_format("stored")

@@ -87,7 +87,7 @@ class Choices:
     def of(self, weight: Weight, dtype: torch.dtype) -> list[MatmulForm]:
         """A form for each of BUCKETS; the result is to be of `dtype`."""
         if self._timer is None or weight.shape[0] * weight.shape[1] < self._worth_measuring:
-            return [forms_of(weight, rows, self._multiprocessors)[0] for rows in BUCKETS]
+            return [self._forms(weight, dtype, rows)[0] for rows in BUCKETS]
         shape, began = _shape(weight, dtype), time.monotonic()
         names = self._names.setdefault(shape, {})
         known = dict(names)
@@ -97,10 +97,15 @@ class Choices:
             self._write()
         return chosen
 
+    def _forms(self, weight: Weight, dtype: torch.dtype, rows: int) -> list[MatmulForm]:
+        forms = forms_of(weight, rows, self._multiprocessors)
+        # A wider result is asked for where its last bits decide, as the head's do.
+        return [form for form in forms if not form.rounds or dtype == weight.dtype]
+
     def _one(
         self, weight: Weight, dtype: torch.dtype, rows: int, names: dict[str, str], timer: Timer
     ) -> MatmulForm:
-        forms = forms_of(weight, rows, self._multiprocessors)
+        forms = self._forms(weight, dtype, rows)
         for form in forms:
             if form.name == names.get(str(rows)):
                 return form

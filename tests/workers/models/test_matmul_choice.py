@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +84,17 @@ def test_the_fastest_right_form_is_taken_for_each_number_of_rows(
     assert {"few", "many"} == set(chosen) == set(clock.measured)
     assert "broken of 24x64 int8 by 32, float32 to float32 is left out: out of resources" in caplog.text
     assert "wrong of 24x64 int8 by 32, float32 to float32 is left out: wrong by 0.2" in caplog.text
+
+
+def test_no_activations_are_rounded_for_a_wider_result(
+    matrix: QuantizedMatrix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forms(*given: Any) -> list[MatmulForm]:
+        return [replace(form, rounds=form.name == "few") for form in Forms.of(*given)]
+
+    monkeypatch.setattr(matmul_choice, "forms_of", forms)
+    for dtype, name in ((torch.float32, "few"), (torch.float64, "many")):
+        assert choices().of(matrix, dtype)[0].name == name
 
 
 def test_small_matrices_are_not_measured(matrix: QuantizedMatrix) -> None:
