@@ -105,7 +105,7 @@ def test_the_same_seed_gives_the_same_bytes(prefill: int) -> None:
     assert once(1) != once(2)
 
 
-@pytest.mark.parametrize("load", [0.5, 0.7])
+@pytest.mark.parametrize("load", [pytest.param(0.5, marks=pytest.mark.slow), 0.7])
 def test_one_worker_with_one_kind_of_request_is_m_d_1(load: float) -> None:
     """Pollaczek and Khinchine: the mean wait is load · service / (2 · (1 − load))."""
     service_s, tokens, count = 0.1, 64, 25_000
