@@ -86,7 +86,8 @@ def paged_attention(
     one_each = step.max_queries == 1 and tokens == seqs
     seen = step.max_length if window is None else min(step.max_length, window + per_tile)
     parts = min(size.parts, triton.cdiv(seen, size.least))
-    padded, of_tiles = triton.next_power_of_2(summed), num_heads // size.heads
+    # The least that a matrix unit multiplies is 16.
+    padded, of_tiles = max(16, triton.next_power_of_2(summed)), num_heads // size.heads
     partial = sums = out
     if parts > 1:
         partial = torch.empty(
@@ -96,9 +97,11 @@ def paged_attention(
     stored, scales = cache.pointers
     arrived = _counters(q.device, seqs * of_tiles) if parts > 1 else step.lengths
     stored, scales = cache.pointers
-    _attend[(seqs if one_each else tokens // per_tile + seqs, of_tiles, parts)](
+    tiles = seqs if one_each else tokens // per_tile + seqs  # at most
+    # The first parts of all tiles, then the others of all sequences, since only a sequence of one tile has others.
+    _attend[(tiles + seqs * (parts - 1), of_tiles)](
         q, stored, scales, step.block_tables, out, partial, sums, arrived, q if sinks is None else sinks,
-        step.query_start, step.lengths, seqs, out.stride(0), window or 0, size.least, parts,
+        step.query_start, step.lengths, seqs, tiles, out.stride(0), window or 0, size.least, parts,
         q.stride(0), width, stored.stride(0), stored.stride(3), layer * stored.stride(1), stored.stride(2),
         scale, softcap or 0.0,
         HEADS=size.heads, VALUES=summed, DIM=padded, ROWS=size.rows, KEYS=size.keys,
@@ -163,7 +166,7 @@ def _part_of(begin, end, num_parts, least, KEYS: tl.constexpr):
 @triton.jit
 def _attend(
     q, values, scales, tables, out, parts, sums, arrived, sinks, query_start, lengths,
-    num_seqs, stride_out, window, least, num_parts,
+    num_seqs, num_tiles, stride_out, window, least, num_parts,
     stride_q, table_width, stride_block, stride_head, k_begin, stride_plane, scale, softcap,
     HEADS: tl.constexpr, VALUES: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     WINDOWED: tl.constexpr, SINKS: tl.constexpr, HEAD_DIM: tl.constexpr, TAIL: tl.constexpr, TILES: tl.constexpr,
@@ -173,20 +176,25 @@ def _attend(
     TOKENS: tl.constexpr = ROWS // HEADS
     LOG2_E: tl.constexpr = 1.4426950408889634
     kv_head = tl.program_id(1) // TILES
+    tile = tl.program_id(0)
+    part = tile * 0
+    seq = tile
+    if SPLIT and tile >= num_tiles:
+        part = (tile - num_tiles) // num_seqs + 1
+        seq = (tile - num_tiles) % num_seqs
+    elif not ONE_EACH:
+        seq = _sequence_of(tile, query_start, num_seqs, TOKENS)
     if ONE_EACH:
-        seq = tl.program_id(0)
-        tile = seq * 0
-        first, count = seq, tile + 1
+        first, count = seq, part * 0 + 1
+        tile = part * 0
     else:
-        seq = _sequence_of(tl.program_id(0), query_start, num_seqs, TOKENS)
         first = tl.load(query_start + seq)
         count = tl.load(query_start + seq + 1) - first
-        tile = tl.program_id(0) - (first // TOKENS + seq)
+        tile = tl.where(part == 0, tile - (first // TOKENS + seq), 0)
         if tile * TOKENS >= count:
             return
     length = tl.load(lengths + seq)
     begin, end = _seen(tile, count, length, window, WINDOWED, TOKENS)
-    part = tl.program_id(2)
     if SPLIT:
         one_tile = count <= TOKENS
         its_keys = _part_of(begin, end, num_parts, least, KEYS)
@@ -283,9 +291,9 @@ def _attend(
     if SPLIT and direct == 0:
         group = seq.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
         at = group * num_parts + part
-        tl.store(parts + (at * ROWS + row)[:, None] * DIM + column[None, :], acc)
-        tl.store(sums + at * 2 * ROWS + row, most)
-        tl.store(sums + (at * 2 + 1) * ROWS + row, total)
+        tl.store(parts + (at * ROWS + row)[:, None] * DIM + column[None, :], acc, mask=real[:, None])
+        tl.store(sums + at * 2 * ROWS + row, most, mask=real)
+        tl.store(sums + (at * 2 + 1) * ROWS + row, total, mask=real)
         tl.debug_barrier()  # what all threads have stored is released by the one that counts
         if tl.atomic_add(arrived + group, 1, sem="acq_rel", scope="gpu") == used - 1:
             tl.store(arrived + group, 0)
@@ -295,22 +303,24 @@ def _attend(
             else:
                 most = tl.full((ROWS,), float("-inf"), tl.float32)
                 total = tl.zeros((ROWS,), tl.float32)
-            result = _sum_of_parts(parts, sums, group * num_parts, used, most, total, row, column, ROWS, DIM)
+            result = _sum_of_parts(
+                parts, sums, group * num_parts, used, most, total, real, row, column, ROWS, DIM
+            )
             tl.store(place, result.to(out.dtype.element_ty), mask=here)
 
 
 @triton.jit
 def _sum_of_parts(
-    parts, sums, at, number, most, total, row, column, ROWS: tl.constexpr, DIM: tl.constexpr
+    parts, sums, at, number, most, total, real, row, column, ROWS: tl.constexpr, DIM: tl.constexpr
 ):  # fmt: skip
     """In the order of the context, whichever came last. Past the first cache, which may hold what lay there before."""
     acc = tl.zeros((ROWS, DIM), tl.float32)
     for part in range(0, number):
-        its_most = tl.load(sums + (at + part) * 2 * ROWS + row, cache_modifier=".cg")
-        its_total = tl.load(sums + ((at + part) * 2 + 1) * ROWS + row, cache_modifier=".cg")
-        its_acc = tl.load(
-            parts + ((at + part) * ROWS + row)[:, None] * DIM + column[None, :], cache_modifier=".cg"
-        )
+        its_sums = sums + (at + part) * 2 * ROWS + row
+        its_most = tl.load(its_sums, mask=real, other=float("-inf"), cache_modifier=".cg")
+        its_total = tl.load(its_sums + ROWS, mask=real, other=0.0, cache_modifier=".cg")
+        place = parts + ((at + part) * ROWS + row)[:, None] * DIM + column[None, :]
+        its_acc = tl.load(place, mask=real[:, None], other=0.0, cache_modifier=".cg")
         new = tl.maximum(most, its_most)
         finite = tl.where(new == float("-inf"), 0.0, new)
         shrink, its_shrink = tl.exp2(most - finite), tl.exp2(its_most - finite)

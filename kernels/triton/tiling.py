@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import triton
 
 _ENOUGH_PROGRAMS = 1024  # for about 132 multiprocessors that hold several each
+_MOST_BYTES = 128 * 1024**2  # of what the parts leave to be added up
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,8 @@ class Tiling:
         programs = seqs * num_kv_heads * (group // heads)
         parts = max(4, min(64, _ENOUGH_PROGRAMS // programs))
         least = 128 if programs <= 64 else 256 if programs <= 256 else 512 if programs <= 1024 else 1024
-        parts = min(parts, triton.cdiv(max_length, least))
+        tile_bytes = rows * triton.next_power_of_2(dim) * 4
+        parts = min(parts, triton.cdiv(max_length, least), max(1, _MOST_BYTES // (programs * tile_bytes)))
         return cls(
             heads,
             rows,

@@ -12,7 +12,7 @@ from kernels.triton.attention import Tiling
 from tests.kernels.triton.gpu_builds import build
 
 FLOATS = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}
-INTS = ("num_seqs", "stride_out", "window", "least", "num_parts")
+INTS = ("num_seqs", "num_tiles", "stride_out", "window", "least", "num_parts")
 FEATURES = ("WINDOWED", "SINKS", "CAPPED")
 
 
@@ -84,3 +84,4 @@ def check(
     ptx = build(attention._attend, architecture, whole, constants, **options)
     if dtype != "fp32":  # by the matrix units
         assert "mma" in ptx
+        assert "ld.shared.b8" not in ptx  # values of a quantized cache are not fetched byte by byte

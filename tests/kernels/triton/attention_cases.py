@@ -220,6 +220,7 @@ def test_tiles_of_a_launch_as_chosen() -> None:
     few, many = (Tiling.choose(4, 8, seqs, 1, 8192, 128, 2) for seqs in (1, 256))
     assert (few.parts, few.least) == (64, 128)
     assert (many.parts, many.least) == (4, 1024)
+    assert Tiling.choose(4, 8, 256, 500, 8192, 128, 2).parts == 1  # 134 MB of sums otherwise, for each part
 
 
 def test_sequences_that_only_fill_a_captured_launch_up() -> None:
