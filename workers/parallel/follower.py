@@ -23,7 +23,7 @@ from workers.parallel.messages import Beat, Begin, Broken, Fits, Meet, Step, Sto
 from workers.parallel.process_group import RankGroup, open_store, own_device
 from workers.parallel.rank_memory import lend
 from workers.parallel.shard import Shard
-from workers.parallel.team import CLOSE_S, START_S
+from workers.parallel.team import CLOSE_S, JOIN_S, START_S
 from workers.protocol.frames import ProtocolError
 from workers.protocol.messages import WorkerInfo
 
@@ -88,8 +88,8 @@ class Follower:
         device = own_device(choose_device(config.engine.device), self._shard.rank)
         meet = _expect(link, Meet)
         assert config.tensor_rank is not None, "there is nobody to follow"
-        store, collectives = open_store(meet.at, START_S), config.tensor_rank.collectives
-        self._group = RankGroup(store, self._shard, device, START_S, collectives)
+        store, collectives = open_store(meet.at, JOIN_S), config.tensor_rank.collectives
+        self._group = RankGroup(store, self._shard, device, JOIN_S, collectives)
         backend = open_backend(config.engine, prepare_model(str(config.model_path)), parallel=self._group)
         link.send(Fits(backend.num_blocks()))
         runner = backend.runner(_expect(link, Begin).num_blocks, share_kv=True)

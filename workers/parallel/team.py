@@ -32,6 +32,7 @@ from workers.transfer.block_memory import BlockMemory
 logger = logging.getLogger(__name__)
 
 CLOSE_S = 5.0  # for connections between ranks to be given back
+JOIN_S = 60.0  # for ranks that have met to connect with each other
 START_S = 600.0  # for another rank to come, or to make its KV cache; the supervisor ends whoever takes longer
 
 
@@ -43,6 +44,7 @@ class Team:
         assert config.tensor_rank is not None, "there are other ranks"
         self.size = config.tensor_rank.size
         self.lost: str | None = None
+        self._timeout_s = config.timeout_s
         self._changed = threading.Condition()
         self._fits: dict[int, int] = {}
         self._ready: dict[int, tuple[Ready, int | None]] = {}
@@ -55,13 +57,13 @@ class Team:
         finally:
             door.close()
         for rank, link in enumerate(self._links, 1):
-            link.expect_within(config.timeout_s)
+            link.expect_within(None)  # who loads a model or compiles may be silent for long
             threading.Thread(target=self._listen, args=(rank, link), name="rank", daemon=True).start()
-        self._store = GlooStore("127.0.0.1", START_S)
+        self._store = GlooStore("127.0.0.1", JOIN_S)
         with _at_start():
             self._tell(Meet(self._store.at))
-        store, shard = open_store(self._store.at, START_S), Shard(0, self.size)
-        self._group = RankGroup(store, shard, device, START_S, config.tensor_rank.collectives)
+        store, shard = open_store(self._store.at, JOIN_S), Shard(0, self.size)
+        self._group = RankGroup(store, shard, device, JOIN_S, config.tensor_rank.collectives)
 
     @property
     def group(self) -> RankGroup:
@@ -149,6 +151,7 @@ class Team:
                         self._fits[rank] = message.num_blocks
                     elif isinstance(message, Ready):
                         self._ready[rank] = message, fd
+                        link.expect_within(self._timeout_s)
                     elif not isinstance(message, Beat):
                         raise ProtocolError(f"it says {type(message).__name__}")
                     self._changed.notify_all()

@@ -25,8 +25,9 @@ from workers.models.random_model import write_random_model
 from workers.parallel.follower import Follower
 from workers.parallel.link import RankDoor
 from workers.parallel.lockstep import RankLost, followed_step, step_message
+from workers.parallel.process_group import GroupError
 from workers.parallel.shard import Shard
-from workers.parallel.team import introduction
+from workers.parallel.team import Team, introduction
 from workers.protocol.frames import ProtocolError
 from workers.protocol.messages import Sampling
 
@@ -153,6 +154,18 @@ def test_a_failing_rank_says_why(model: Path, monkeypatch: pytest.MonkeyPatch) -
         assert "its memory has gone bad" in str(ranks.team.lost)
         with pytest.raises(RuntimeError, match="its memory has gone bad"):
             ranks.followers[0].wait()
+
+
+def test_a_rank_that_can_not_load_its_part_says_why(model: Path, tmp_path: Path) -> None:
+    configs = [config_of(model, rank, 2, 78) for rank in range(2)]
+    follower = Follower(configs[1].model_copy(update={"model_path": tmp_path / "nowhere"}))
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(follower.start)
+        team = Team(configs[0], torch.device("cpu"))
+        with pytest.raises(GroupError, match=r"rank 1 could not start: .*nowhere"):
+            Engine(configs[0].engine, prepare_model(str(model)), team=team)
+        with pytest.raises(ModelError):
+            starting.result()
 
 
 def test_the_end_of_rank_0_ends_the_others(model: Path) -> None:
