@@ -30,7 +30,7 @@ from workers.shared_memory import SharedPages
 logger = logging.getLogger(__name__)
 
 _MOST_GRAPH_SEQS = 512  # a graph for every 8 of them
-_MOST_GRAPH_TOKENS = 512  # of a step that reads prompts: what a larger one computes hides its launches
+_MOST_GRAPH_TOKENS = 256  # of a step that reads prompts
 _PROBED = 4  # small graphs that are captured to see what the others will take
 
 
@@ -147,8 +147,8 @@ class DeviceBackend:
         size = self.layout.block_size
         shared, pages = None, None
         if share_kv:
-            block_bytes = self._model.new_kv_cache(1, size).nbytes  # of this rank
-            shared = shared_pages(num_blocks * block_bytes, self._model.device)
+            one = self._model.new_kv_cache(1, size)  # of this rank's heads
+            shared = shared_pages(num_blocks * one.nbytes, one.device)
             pages = None if shared is None else shared.tensor
         return self._runner_over(self._model.new_kv_cache(num_blocks, size, pages), shared)
 

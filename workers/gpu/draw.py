@@ -22,6 +22,8 @@ class Draw(Protocol):
     def capture(self, graphs: Graphs, logits: Tensor, tokens: Tensor, sizes: Collection[int]) -> None:
         """Calls for up to so many of the first rows of these very buffers run in graphs from here on."""
 
+    def forget_graphs(self) -> None: ...
+
     def __call__(
         self, logits: Tensor, tokens: Tensor, inputs: Sequence[SampleInput], memos: Sequence[Memo]
     ) -> None:
@@ -33,6 +35,9 @@ class TorchDraw:
 
     def capture(self, graphs: Graphs, logits: Tensor, tokens: Tensor, sizes: Collection[int]) -> None:
         """Cannot be."""
+
+    def forget_graphs(self) -> None:
+        """There are none."""
 
     def __call__(
         self, logits: Tensor, tokens: Tensor, inputs: Sequence[SampleInput], memos: Sequence[Memo]
@@ -68,11 +73,15 @@ class TritonDraw:
         self._graphs: dict[int, tuple[Tensor, Body]] = {}  # by rows: where their parameters lie, and the draw
 
     def capture(self, graphs: Graphs, logits: Tensor, tokens: Tensor, sizes: Collection[int]) -> None:
-        self._captured_at, self._graphs = logits.data_ptr(), {}
+        self.forget_graphs()
+        self._captured_at = logits.data_ptr()
         for size in sorted(sizes):
             place = torch.zeros(size * _PARAMS.itemsize, dtype=torch.uint8, device=logits.device)
             body = partial(self._draw, logits[:size], tokens[:size], place, True)
             self._graphs[size] = place, graphs.capture(body)
+
+    def forget_graphs(self) -> None:
+        self._graphs = {}
 
     def __call__(
         self, logits: Tensor, tokens: Tensor, inputs: Sequence[SampleInput], memos: Sequence[Memo]

@@ -69,7 +69,7 @@ class DeviceRunner:
         place_inputs: PlaceInputs = reference_step_inputs.place_inputs,
     ) -> None:
         """`kernels`, `weights`: their names. `parallel`: of the ranks that compute the model together rank 0 alone samples, the others' steps come without samples."""
-        self.device, self.kv_cache, self.shared = device.device, kv_cache, shared
+        self.device, self.kv_cache, self.shared = kv_cache.device, kv_cache, shared
         self.kernels, self.weights, self.overlaps = kernels, weights, overlaps
         self.captured: Captured | None = None
         self._model, self._sampler, self._buffers, self._queue = model, sampler, buffers, device
@@ -96,6 +96,7 @@ class DeviceRunner:
 
     def forget_graphs(self) -> None:
         self.captured, self._buckets = None, Buckets([], [])
+        self._sampler.forget_graphs()
 
     def watch_next(self) -> None:
         return None

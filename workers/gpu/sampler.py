@@ -38,6 +38,9 @@ class DeviceSampler:
         """Draws from the first rows of these very buffers, as many as `sizes` say, run in graphs from here on."""
         self._draw.capture(graphs, logits, tokens, sizes)
 
+    def forget_graphs(self) -> None:
+        self._draw.forget_graphs()
+
     def __call__(self, logits: Tensor, tokens: Tensor, inputs: Sequence[SampleInput]) -> Results:
         """Queue the choice of R tokens. logits float32 [R, vocab], changed in place where bias or penalties apply.
 

@@ -17,6 +17,7 @@ def test_sizes() -> None:
     assert decode_shapes(2)[1] == Shape(tokens=2, seqs=2, rows=2, max_queries=1)
     assert mixed_shapes(0, 4) == []
     assert mixed_shapes(40, 24) == [Shape(16, 16, 16, 16), Shape(32, 24, 24, 32), Shape(40, 24, 24, 40)]
+    assert sizes(mixed_shapes(256, 24)) == [16, 32, 64, 128, 192, 256]
 
 
 def test_a_step_takes_the_smallest_that_holds_it() -> None:

@@ -61,14 +61,14 @@ def test_captured_steps_read_their_buffers_and_nothing_else(tmp_path: Path) -> N
             draw = TritonDraw(device_for(DEVICE))
             runner = runner_over(model, draw, overlaps=True, place_inputs=step_inputs.place_inputs)
             graphs = StrictGraphs()
-            runner.capture(graphs, Buckets(decode_shapes(2), mixed_shapes(16, CAPTURED_ROWS)))
+            runner.capture(graphs, Buckets(decode_shapes(2), mixed_shapes(8, CAPTURED_ROWS)))
         else:
             runner = runner_over(model)
         found = requests(model, 2, 5, without_history)
         all_of_them = sequences(found)
-        before = None
-        for number in range(5):
-            parts = [(one, 6) for one in all_of_them[: number + 1]]
+        before, draws = None, 0
+        for number in range(6):
+            parts = [(one, 4) for one in all_of_them[: number + 1]]
             carried = {}
             if graphs is not None and before is not None:
                 samples = [given.request for given in before[0].samples]
@@ -76,15 +76,17 @@ def test_captured_steps_read_their_buffers_and_nothing_else(tmp_path: Path) -> N
             elif before is not None:
                 accept(before)
             step = step_of(parts, carried)
+            draws += any(given.request.sampling.temperature for given in step.samples)
             pending = runner.submit(step)
             if graphs is not None:
                 accept(before)
             before = step, pending
         accept(before)
-        assert graphs is None or graphs.replays == 5 + 4, "steps, and draws of those that sample"
+        assert graphs is None or graphs.replays == 6 + draws
         results.append([one.output_token_ids for one in found])
     assert results[0] == results[1]
-    assert min(map(len, results[0])) >= 1
+    assert max(map(len, results[0])) >= 2
+    assert draws
 
 
 def test_an_engine_over_triton_says_what_one_over_torch_says(tmp_path: Path) -> None:
