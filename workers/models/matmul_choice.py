@@ -26,7 +26,7 @@ from kernels.quantized_matrix import QuantizedMatrix, Weight
 from kernels.reference_matmul import multiply
 from workers.models import matmul_forms
 from workers.models.cache import default_cache_dir
-from workers.models.matmul_forms import MatmulForm, forms_of
+from workers.models.matmul_forms import MatmulForm, eager, forms_of
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,8 @@ class Choices:
                 return form
         right = [form for form in forms if _is_right(form, weight, dtype, max(rows, _CHECKED_ROWS))]
         if not right:
-            raise RuntimeError(f"no form of the product of {_shape(weight, dtype)} works on this device")
+            logger.warning("%s is multiplied by eager torch, much slower", _shape(weight, dtype))
+            return eager(weight)
         x = _random_rows(weight, rows)
         fastest = min(right, key=lambda form: timer.seconds(lambda: form.product(x, None, dtype)))
         names[str(rows)] = fastest.name

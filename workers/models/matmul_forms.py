@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.quantized_matrix import QuantizedMatrix, Weight
+from kernels.reference_matmul import multiply
 
 # (x [m, k], bias [n] or None, dtype of the result) -> [m, n]
 Product = Callable[[Tensor, Tensor | None, torch.dtype], Tensor]
@@ -48,6 +49,17 @@ def forms_of(weight: Weight, rows: int, multiprocessors: int) -> list[MatmulForm
     return fused + many if rows <= _FEW_ROWS else many + fused
 
 
+def eager(weight: Weight) -> MatmulForm:
+    """Slow, and works where torch does."""
+
+    def product(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if isinstance(weight, QuantizedMatrix):
+            return multiply(x, weight, bias, dtype)
+        return functional.linear(x, weight, bias).to(dtype)
+
+    return MatmulForm("eager", product)
+
+
 def _too_many(weight: Weight, rows: int) -> bool:
     if not isinstance(weight, Tensor):
         return rows > _MOST_FUSED_ROWS
@@ -56,9 +68,9 @@ def _too_many(weight: Weight, rows: int) -> bool:
 
 def _fused(weight: Weight, rows: int, multiprocessors: int) -> Iterator[MatmulForm]:
     """Tilings that fill the GPU once, twice or four times over."""
-    from kernels.triton.matmul import Arrivals, Tiling, multiply
+    from kernels.triton import matmul
 
-    arrivals = Arrivals(weight.device)
+    arrivals = matmul.Arrivals(weight.device)
     high = min(_HIGHEST, max(16, 1 << (rows - 1).bit_length()))
     seen = set()
     for columns in (64, 128):
@@ -68,22 +80,14 @@ def _fused(weight: Weight, rows: int, multiprocessors: int) -> Iterator[MatmulFo
             if (columns, splits) in seen or (splits > 1 and tiles > len(arrivals.counts)):
                 continue
             seen.add((columns, splits))
-            tiling = Tiling(columns, high, splits, warps=4 if columns * high <= 4096 else 8)
-            yield MatmulForm(
-                f"fused {columns}x{high}/{splits}", partial(_multiply, multiply, weight, tiling, arrivals)
-            )
+            tiling = matmul.Tiling(columns, high, splits, warps=4 if columns * high <= 4096 else 8)
 
+            def product(
+                x: Tensor, bias: Tensor | None, dtype: torch.dtype, tiling: matmul.Tiling = tiling
+            ) -> Tensor:
+                return matmul.multiply(x, weight, bias, tiling, arrivals, dtype)
 
-def _multiply(
-    multiply: Callable[..., Tensor],
-    weight: Weight,
-    tiling: object,
-    arrivals: object,
-    x: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    return multiply(x, weight, bias, tiling, arrivals, dtype)
+            yield MatmulForm(f"fused {columns}x{high}/{splits}", product)
 
 
 def _library(weight: Tensor, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

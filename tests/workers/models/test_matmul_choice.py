@@ -142,10 +142,13 @@ def test_a_file_that_cannot_be_written_is_told(
     assert "the next start measures again" in caplog.text
 
 
-def test_no_form_that_works_is_an_error(matrix: QuantizedMatrix, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_form_works_eager_torch_does(
+    matrix: QuantizedMatrix, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(matmul_choice, "forms_of", lambda *given: Forms.of(*given)[2:])
-    with pytest.raises(RuntimeError, match="no form of the product of 24x64 int8 by 32"):
-        choices().of(matrix, torch.float32)
+    linear, x = DeviceLinear(matrix, None, choices=choices()), torch.randn(3, 64)
+    torch.testing.assert_close(linear(x), x @ reference_matmul.dequantize(matrix).T)
+    assert "is multiplied by eager torch, much slower" in caplog.text
 
 
 def test_the_layer_takes_the_form_of_its_rows(matrix: QuantizedMatrix) -> None:
