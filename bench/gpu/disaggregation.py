@@ -77,7 +77,7 @@ TINY = Sizes(
 class Side:
     """A worker without its server for routers."""
 
-    def __init__(self, role: Role, path: Path, sizes: Sizes, rehearse: bool) -> None:
+    def __init__(self, role: Role, path: Path, sizes: Sizes, rehearse: bool, changes: dict[str, Any]) -> None:
         config = WorkerConfig(
             worker_id=role,
             epoch=1,
@@ -91,6 +91,7 @@ class Side:
                 num_blocks=sizes.num_blocks,
                 max_num_seqs=sizes.chunk if sizes.chunk < 64 else 64,
                 max_num_batched_tokens=sizes.chunk if role == "decode" else sizes.prompt,
+                **changes,
             ),
             transfer=TransferConfig(channels=["cuda_ipc", "shm", "tcp"], lease_s=30.0, io_timeout_s=30.0),
         )
@@ -137,6 +138,7 @@ class Outbox:
     def __init__(self) -> None:
         self.said: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.times: dict[str, list[float]] = {}
+        self.tokens: list[int] = []  # of all its requests
         self.failures: list[str] = []
 
     def send(self, message: Any) -> None:
@@ -144,14 +146,15 @@ class Outbox:
             now = time.perf_counter()
             for delta in message.deltas:
                 self.times.setdefault(delta.request_id, []).extend([now] * len(delta.tokens))
+                self.tokens += delta.tokens
             return
         if isinstance(message, Failed):
             self.failures.append(f"{message.request_id}: {message.message}")
         self.said.put(message)
 
 
-def _prefill_process(conn: Any, path: Path, sizes: Sizes, rehearse: bool) -> None:
-    side = Side("prefill", path, sizes, rehearse)
+def _prefill_process(conn: Any, path: Path, sizes: Sizes, rehearse: bool, changes: dict[str, Any]) -> None:
+    side = Side("prefill", path, sizes, rehearse, changes)
     outbox = Outbox()
     threading.Thread(target=_pass_on, args=(outbox, conn), daemon=True).start()
     conn.send("ready")
@@ -166,15 +169,17 @@ def _pass_on(outbox: Outbox, conn: Any) -> None:
 
 
 class Bench:
-    def __init__(self, path: Path, rows: Rows, rehearse: bool) -> None:
+    def __init__(self, path: Path, rows: Rows, rehearse: bool, **changes: Any) -> None:
+        """`changes`: of EngineConfig."""
         self._rows, self._tiny = rows, rehearse
         self._sizes = TINY if rehearse else Sizes()
         context = multiprocessing.get_context("spawn")
         self._conn, theirs = context.Pipe()
-        args = (theirs, path, self._sizes, rehearse)
+        args = (theirs, path, self._sizes, rehearse, changes)
         self._process = context.Process(target=_prefill_process, args=args, daemon=True)
         self._process.start()
-        self._side = Side("decode", path, self._sizes, rehearse)
+        theirs.close()  # so that its end is noticed
+        self._side = Side("decode", path, self._sizes, rehearse, changes)
         if not self._conn.poll(_START_S):
             raise RuntimeError(f"the prefill worker is not ready after {_START_S:.0f} s")
         self._conn.recv()
@@ -183,23 +188,33 @@ class Bench:
         self._roads: set[str] = set()
 
     def run(self) -> None:
-        for where in ("", "here", "elsewhere", ""):
-            if where:  # compiled, captured, channels opened
-                self._prompt(Outbox(), where)
-            name = {
-                "": "no prompts",
-                "here": "read by the same worker",
-                "elsewhere": "read by a prefill worker",
-            }[where]
+        with self._rows.part("the same prompts"):  # which also compiles, captures and opens channels
+            prompts = [self._ids(self._sizes.prompt - short) for short in range(3)]
+            same = [self._answer(prompt, "here") == self._answer(prompt, "elsewhere") for prompt in prompts]
+            # On a GPU in bfloat16 not all need be: other chunks round otherwise.
+            self._rows.add(case="the same prompts", prompts=len(prompts), same_tokens=sum(same) / len(same))
+        for where, name in (
+            ("", "no prompts"),
+            ("here", "read by the same worker"),
+            ("elsewhere", "read by a prefill worker"),
+            ("", "no prompts"),
+        ):
             with self._rows.part(name) as time_left:
                 if time_left:
                     self._measure(name, where)
+
+    def _answer(self, prompt: list[int], where: str) -> list[int]:
+        outbox, wanted = Outbox(), self._sizes.written
+        self._reserve(outbox, prompt, wanted, where)
+        _until(lambda: _whole(outbox, wanted), outbox, self._hear)
+        return outbox.tokens
 
     def _measure(self, name: str, where: str) -> None:
         sizes, serving = self._sizes, self._side.serving
         streams = Outbox()
         ids = [
-            self._reserve(streams, sizes.context, sizes.stream_tokens, _HERE) for _ in range(sizes.streams)
+            self._reserve(streams, self._ids(sizes.context), sizes.stream_tokens, "here")
+            for _ in range(sizes.streams)
         ]
         _until(lambda: all(len(streams.times.get(one, ())) > 4 for one in ids), streams)
         began = time.perf_counter()
@@ -208,7 +223,7 @@ class Bench:
             if where and now >= began + len(prompts) * sizes.every_s:
                 outbox = Outbox()
                 prompts.append((now, outbox))
-                self._prompt(outbox, where, wait=False)
+                self._reserve(outbox, self._ids(sizes.prompt), sizes.written, where)
             self._hear()
             time.sleep(0.001)
         ended = time.perf_counter()
@@ -240,17 +255,12 @@ class Bench:
             }
         self._rows.add(**row)
 
-    def _prompt(self, outbox: Outbox, where: str, wait: bool = True) -> None:
-        sizes = self._sizes
-        at_most = _HERE if where == "here" else _ELSEWHERE
-        self._reserve(outbox, sizes.prompt, sizes.written, at_most)
-        if wait:
-            _until(lambda: _whole(outbox, sizes.written), outbox, self._hear)
+    def _ids(self, count: int) -> list[int]:
+        return self._rng.choices(range(self._side.engine.vocab_size), k=count)
 
-    def _reserve(self, outbox: Outbox, prompt: int, tokens: int, read_here: int) -> str:
-        """Its prefill is asked for too, where it is read elsewhere."""
-        name = next(self._names)
-        ids = self._rng.choices(range(self._side.engine.vocab_size), k=prompt)
+    def _reserve(self, outbox: Outbox, ids: list[int], tokens: int, where: str) -> str:
+        """Its name. Where it is read elsewhere, that is asked for, too."""
+        name, read_here = next(self._names), _HERE if where == "here" else _ELSEWHERE
         sampling = Sampling(max_tokens=tokens, seed=0, temperature=0.0, ignore_eos=True)
         work = Work(request_id=name, prompt=ids, sampling=sampling)
         self._side.serving.reserve(outbox, Reserve(work, f"t{name}", 30.0, read_here))

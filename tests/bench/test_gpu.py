@@ -11,8 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from bench.gpu.disaggregation import Bench
+from bench.gpu.model import TINY, write_model
 from bench.gpu.report import collect, failed, markdown
+from bench.gpu.rows import Rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -80,7 +84,12 @@ def test_engine_programs_rehearse(program: str, tmp_path: Path, monkeypatch: pyt
 CASES = {
     "engine": {"decode step", "prefill", "throughput", "kernel of decode", "kernel of prefill"},
     "endurance": {"growth"},
-    "disaggregation": {"no prompts", "read by the same worker", "read by a prefill worker"},
+    "disaggregation": {
+        "the same prompts",
+        "no prompts",
+        "read by the same worker",
+        "read by a prefill worker",
+    },
     "peers": {"transformers, continuous", "transformers, static"},
 }
 # What a bare machine has not, the records and settings of the engine among it: the stand-ins of bench/gpu/bare do.
@@ -121,6 +130,23 @@ def test_on_a_bare_machine(tmp_path: Path) -> None:
     rows = json.loads(figures.read_text())["rows"]
     assert not [row for row in rows if "failed" in row]
     assert [row["road"] for row in rows if row["case"] == "read by a prefill worker"] == ["shm"]
+    assert [row["same_tokens"] for row in rows if row["case"] == "the same prompts"] == [1.0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_a_prefill_process_on_the_same_gpu(tmp_path: Path) -> None:
+    """In float32 the tokens are those of one worker, with blocks that came over CUDA IPC."""
+    rows = Rows(None)
+    bench = Bench(write_model(tmp_path, TINY), rows, True, device="cuda", kernels="auto")
+    try:
+        bench.run()
+    finally:
+        bench.stop()
+    found = {row["case"]: row for row in rows.found["rows"]}
+    assert not [row for row in found.values() if "failed" in row]
+    assert found["the same prompts"]["same_tokens"] == 1.0
+    assert found["read by a prefill worker"]["road"] == "cuda_ipc"
 
 
 def junit(inside: str) -> str:
