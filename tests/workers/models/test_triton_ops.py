@@ -23,7 +23,7 @@ def run_cases(marked: str, **environment: str) -> None:
     cases = str(Path(__file__).with_name("triton_ops_cases.py"))
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", marked, cases]
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=240
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
+from triton.runtime import interpreter
 
 from kernels.attention_step import AttentionStep
 from kernels.paged_kv import PagedKv
@@ -265,3 +267,56 @@ def test_ops_that_cannot_be_had_are_said(monkeypatch: pytest.MonkeyPatch, caplog
         choose_ops("triton", DEVICE, torch.float32)
     assert choose_ops("auto", torch.device("cuda"), torch.float32).name == "torch"
     assert "torch computes what Triton's kernels would" in caplog.text
+
+
+_NO_LAUNCH = (
+    "view",
+    "flatten",
+    "empty",
+    "select.int",
+    "slice",
+    "transpose",
+    "detach",
+    "lift_fresh",
+    "expand",
+    "unbind",
+)
+
+
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="counts what the interpreter is asked for")
+@pytest.mark.parametrize(
+    ("family", "number"), [("llama", 9), pytest.param("mixtral", 13, marks=pytest.mark.slow)]
+)
+def test_launches_of_a_layer(
+    tmp_path: Path, family: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a decoding step, with a context in parts. On a GPU each costs a microsecond or two, whatever it does."""
+    launched: list[str] = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            launched.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def run(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.utils._python_dispatch._disable_current_modes():
+            right(executor, *args, **kwargs)
+        launched.append(executor.fn.__name__)
+
+    right = interpreter.GridExecutor.__call__
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", run)
+    numbers = []
+    for layers in (1, 2):
+        path = write_random_model(tmp_path / str(layers), {"model_type": family, "num_hidden_layers": layers})
+        ops = choose_ops("triton", DEVICE, torch.float32)
+        decoder = load_decoder(path, torch.float32, DEVICE, ops=ops)
+        tables = torch.arange(80)[None]
+        step = AttentionStep.of([0, 1], [300], tables, torch.tensor([299]), DEVICE)
+        token_ids, positions = torch.tensor([7], device=DEVICE), torch.tensor([299], device=DEVICE)
+        cache = decoder.new_kv_cache(80, BLOCK_SIZE)
+        decoder.forward(token_ids, positions, cache, step)  # what is made once
+        launched.clear()
+        with Noting():  # type: ignore[no-untyped-call]
+            decoder.forward(token_ids, positions, cache, step)
+        numbers.append(sum(not any(name in one for name in _NO_LAUNCH) for one in launched))
+    assert numbers[1] - numbers[0] == number, launched
