@@ -1,9 +1,9 @@
 """A step's inputs on their way to the device: packed on the host, sent in one copy, read where they land.
 
-The device's side is one persistent buffer. What lies where in it hangs on the step's shape alone, but for the block
-tables, which come last and only as wide as this step's longest context: a step begins with a launch that spreads them
-into tables of full width, whose place and stride never change. The host's side is a pair of pinned buffers, written in
-turn: while the device still reads one, the next step is written to the other.
+The device's side is one persistent buffer. What lies where in it hangs on the step's shape alone, but for the blocks of the
+sequences, which come last and one sequence behind the other, so that no more of them travel than are held: a step begins
+with a launch that spreads them into tables, whose place and width never change. The host's side is a pair of pinned
+buffers, written in turn: while the device still reads one, the next step is written to the other.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class _Layout:
     carried: int  # int32 [T]: of a token that the host does not know, its place among the last step's samples; else -1
     query_start: int  # int32 [S + 1]
     lengths: int  # int32 [S]
-    width: int  # int32 [1]: of the tables
-    tables: int  # int32 [S, width]
+    block_start: int  # int32 [S]; -1 of a sequence that fills up
+    blocks: int  # int32: of all sequences
 
     @classmethod
     def of(cls, shape: Shape) -> _Layout:
         places = [0]
         for num_bytes in (
             8 * shape.tokens, 8 * shape.tokens, 8 * shape.tokens, 8 * shape.rows,
-            4 * shape.tokens, 4 * (shape.seqs + 1), 4 * shape.seqs, 4,
+            4 * shape.tokens, 4 * (shape.seqs + 1), 4 * shape.seqs, 4 * shape.seqs,
         ):  # fmt: skip
             places.append(-(-(places[-1] + num_bytes) // _ALIGNMENT) * _ALIGNMENT)
         return cls(*places)
@@ -61,8 +61,8 @@ class StagedStep:
     carried: Tensor  # int32 [T]
     query_start: Tensor  # int32 [S + 1]
     lengths: Tensor  # int32 [S]
-    width: Tensor  # int32 [1]
-    packed_tables: Tensor  # int32, [S, width] one row after another, and what lies behind
+    block_start: Tensor  # int32 [S]
+    blocks: Tensor  # int32, and what lies behind
     max_queries: int
 
     def attention(self, tables: Tensor, max_length: int) -> AttentionStep:
@@ -85,15 +85,15 @@ class Outputs:
 class StepBuffers:
     def __init__(self, device: Device, most: Shape, table_width: int, block_size: int) -> None:
         """`most`: the largest step. `table_width`: blocks of the longest context."""
-        self._most, self.table_width, self._block_size = most, table_width, block_size
-        self.num_bytes = _Layout.of(most).tables + 4 * most.seqs * table_width
+        self._most, self.table_width, self.block_size = most, table_width, block_size
+        self.num_bytes = _Layout.of(most).blocks + 4 * most.seqs * table_width
         self._host = [device.pinned(self.num_bytes) for _ in range(2)]
         self._arrays = [host.numpy() for host in self._host]
         self._sent: list[Mark | None] = [None, None]
         self._turn = 0
         self._device = device
         self._on_device = torch.zeros(self.num_bytes, dtype=torch.uint8, device=device.device)
-        # The packed tables are spread into these.
+        # The blocks are spread into these.
         self.tables = torch.zeros((most.seqs, table_width), dtype=torch.int32, device=device.device)
 
     def send(self, arrays: StepArrays, carried: Sequence[tuple[int, int]], shape: Shape) -> None:
@@ -102,16 +102,15 @@ class StepBuffers:
         Raises ValueError where the step is larger than `most`.
         """
         layout = _Layout.of(shape)
-        counts = -(-arrays.lengths // self._block_size)
-        width = int(counts.max(initial=1))
-        end = layout.tables + 4 * shape.seqs * width
-        if end > self.num_bytes or width > self.table_width:
-            raise ValueError(f"a step of {shape} and contexts of {width} blocks is more than {self._most}")
+        end = layout.blocks + 4 * len(arrays.blocks)
+        longest = int(arrays.lengths.max(initial=1))
+        if end > self.num_bytes or longest > self.table_width * self.block_size:
+            raise ValueError(f"a step of {shape} and contexts of {longest} tokens is more than {self._most}")
         turn = self._turn = 1 - self._turn
         mark = self._sent[turn]
         if mark is not None:
             mark.wait()  # the step before the last one: it has been read for long
-        self._pack(self._arrays[turn], layout, arrays, carried, shape, counts, width)
+        _pack(self._arrays[turn], layout, arrays, carried, shape)
         self._on_device[:end].copy_(self._host[turn][:end], non_blocking=True)
         self._sent[turn] = self._device.mark()
 
@@ -131,48 +130,42 @@ class StepBuffers:
             view(layout.carried, shape.tokens, short),
             view(layout.query_start, shape.seqs + 1, short),
             view(layout.lengths, shape.seqs, short),
-            view(layout.width, 1, short),
-            flat[layout.tables : len(flat) // 4 * 4].view(short),
+            view(layout.block_start, shape.seqs, short),
+            flat[layout.blocks : len(flat) // 4 * 4].view(short),
             shape.max_queries,
         )
 
-    def _pack(
-        self,
-        to: NDArray[np.uint8],
-        layout: _Layout,
-        arrays: StepArrays,
-        carried: Sequence[tuple[int, int]],
-        shape: Shape,
-        counts: NDArray[np.int32],
-        width: int,
-    ) -> None:
-        tokens, seqs = len(arrays.token_ids), len(arrays.lengths)
 
-        def room(begin: int, count: int, dtype: type) -> NDArray[Any]:
-            return to[begin : begin + count * np.dtype(dtype).itemsize].view(dtype)
+def _pack(
+    to: NDArray[np.uint8],
+    layout: _Layout,
+    arrays: StepArrays,
+    carried: Sequence[tuple[int, int]],
+    shape: Shape,
+) -> None:
+    tokens, seqs = len(arrays.token_ids), len(arrays.lengths)
 
-        _fill(room(layout.token_ids, shape.tokens, np.int64), arrays.token_ids, 0)
-        _fill(room(layout.positions, shape.tokens, np.int64), arrays.positions, 0)
-        _fill(room(layout.slots, shape.tokens, np.int64), arrays.slots, -1)
-        # Rows that fill up are of a token that fills up, where there is one: experts count the rows of the last layer.
-        _fill(room(layout.rows, shape.rows, np.int64), arrays.rows, min(tokens, shape.tokens - 1))
-        places = room(layout.carried, shape.tokens, np.int32)
-        places[:] = -1
-        if carried:
-            token, sample = zip(*carried, strict=True)
-            places[list(token)] = sample
-        # Sequences that fill up have a token each in decoding steps, else none.
-        starts = room(layout.query_start, shape.seqs + 1, np.int32)
-        _fill(starts, arrays.query_start, tokens)
-        if shape.max_queries == 1:
-            starts[seqs:] = np.arange(seqs, shape.seqs + 1)
-        _fill(room(layout.lengths, shape.seqs, np.int32), arrays.lengths, 1)
-        room(layout.width, 1, np.int32)[0] = width
-        tables = room(layout.tables, shape.seqs * width, np.int32).reshape(shape.seqs, width)
-        tables[:] = 0
-        first_blocks = arrays.block_start.tolist()
-        for row, (first, count) in enumerate(zip(first_blocks, counts.tolist(), strict=True)):
-            tables[row, :count] = arrays.blocks[first : first + count]
+    def room(begin: int, count: int, dtype: type) -> NDArray[Any]:
+        return to[begin : begin + count * np.dtype(dtype).itemsize].view(dtype)
+
+    _fill(room(layout.token_ids, shape.tokens, np.int64), arrays.token_ids, 0)
+    _fill(room(layout.positions, shape.tokens, np.int64), arrays.positions, 0)
+    _fill(room(layout.slots, shape.tokens, np.int64), arrays.slots, -1)
+    # Rows that fill up are of a token that fills up, where there is one: experts count the rows of the last layer.
+    _fill(room(layout.rows, shape.rows, np.int64), arrays.rows, min(tokens, shape.tokens - 1))
+    places = room(layout.carried, shape.tokens, np.int32)
+    places[:] = -1
+    if carried:
+        token, sample = zip(*carried, strict=True)
+        places[list(token)] = sample
+    # Sequences that fill up have a token each in decoding steps, else none.
+    starts = room(layout.query_start, shape.seqs + 1, np.int32)
+    _fill(starts, arrays.query_start, tokens)
+    if shape.max_queries == 1:
+        starts[seqs:] = np.arange(seqs, shape.seqs + 1)
+    _fill(room(layout.lengths, shape.seqs, np.int32), arrays.lengths, 1)
+    _fill(room(layout.block_start, shape.seqs, np.int32), arrays.block_start, -1)
+    room(layout.blocks, len(arrays.blocks), np.int32)[:] = arrays.blocks
 
 
 def _fill(room: NDArray[Any], values: NDArray[Any], filler: int) -> None:

@@ -35,7 +35,7 @@ from workers.shared_memory import SharedPages
 
 logger = logging.getLogger(__name__)
 
-PlaceInputs = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+PlaceInputs = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], None]
 
 
 class Model(Protocol):
@@ -175,7 +175,14 @@ class DeviceRunner:
 
     def _place(self, staged: StagedStep, tables: Tensor) -> None:
         self._place_inputs(
-            staged.token_ids, staged.carried, self._tokens, staged.packed_tables, staged.width, tables
+            staged.token_ids,
+            staged.carried,
+            self._tokens,
+            staged.blocks,
+            staged.block_start,
+            staged.lengths,
+            tables,
+            self._buffers.block_size,
         )
 
     def _forward(self, staged: StagedStep, attention: AttentionStep) -> Tensor:

@@ -40,6 +40,7 @@ def test_cuts(architecture: int, filtered: bool) -> None:
 
 @pytest.mark.parametrize("architecture", [90, pytest.param(80, marks=pytest.mark.slow)])
 def test_step_inputs(architecture: int) -> None:
-    arrays = {"token_ids": "*i64", "carried": "*i32", "sampled": "*i64", "packed": "*i32", "width": "*i32"}
-    sizes = {"tables": "*i32", "num_tokens": "i32", "num_seqs": "i32", "table_width": "i32"}
-    build(step_inputs._place, architecture, arrays | sizes, {"PIECE": 1024})
+    arrays = {"token_ids": "*i64", "carried": "*i32", "sampled": "*i64", "blocks": "*i32"}
+    arrays |= {"block_start": "*i32", "lengths": "*i32", "tables": "*i32"}
+    sizes = {"num_tokens": "i32", "num_seqs": "i32", "table_width": "i32"}
+    build(step_inputs._place, architecture, arrays | sizes, {"BLOCK_SIZE": 16, "PIECE": 1024})

@@ -184,23 +184,27 @@ def test_what_does_not_fit_is_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "seqs", "live", "table_width"),
-    [(1, 1, 1, 1), (5, 5, 3, 70), (1500, 7, 33, 33), (40, 3, 1100, 2100)],
+    ("tokens", "seqs", "longest", "table_width"),
+    [(1, 1, 1, 1), (5, 5, 9, 70), (1500, 7, 131, 33), (40, 3, 4400, 1300)],
 )
-def test_step_inputs(tokens: int, seqs: int, live: int, table_width: int) -> None:
+def test_step_inputs(tokens: int, seqs: int, longest: int, table_width: int) -> None:
     """Tokens of the step before and tables spread to full width, between whose rows nothing else is written."""
-    rng = torch.Generator().manual_seed(tokens)
+    rng, block_size = torch.Generator().manual_seed(tokens), 4
     carried = torch.randint(-3, 9, (tokens,), generator=rng, dtype=torch.int32).clamp_min(-1)
     sampled = torch.randint(-1, 50, (9,), generator=rng)
-    packed = torch.randint(1, 99, (seqs * live + 5,), generator=rng, dtype=torch.int32)
+    lengths = torch.randint(1, longest + 1, (seqs,), generator=rng, dtype=torch.int32)
+    lengths[0] = longest
+    blocks = torch.randint(1, 99, (seqs * table_width + 9,), generator=rng, dtype=torch.int32)
+    block_start = torch.arange(seqs, dtype=torch.int32) * table_width + 3
+    block_start[seqs - 1] -= seqs * table_width + 5 if seqs > 1 else 0  # one that only fills up
     results = []
     for place_inputs in (reference_step_inputs.place_inputs, step_inputs.place_inputs):
         token_ids = torch.arange(tokens, device=DEVICE)
         tables = torch.full((seqs + 1, table_width), 7, dtype=torch.int32, device=DEVICE)
-        given = [
-            one.to(DEVICE) for one in (carried, sampled, packed, torch.tensor([live], dtype=torch.int32))
-        ]
-        place_inputs(token_ids, *given, tables[:seqs])
+        given = [one.to(DEVICE) for one in (carried, sampled, blocks, block_start, lengths)]
+        place_inputs(token_ids, *given, tables[:seqs], block_size)
         results.append((token_ids.tolist(), tables.tolist()))
     assert results[0] == results[1]
     assert results[0][1][seqs] == [7] * table_width
+    if seqs > 1:
+        assert not any(results[0][1][seqs - 1])

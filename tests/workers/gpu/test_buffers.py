@@ -37,16 +37,14 @@ def decoding(*starts: int) -> StepBuilder:
 
 def tables_of(staged: StagedStep, made: StepBuffers, sampled: list[int]) -> list[list[int]]:
     tables = made.tables[: len(staged.lengths)]
-    place_inputs(
-        staged.token_ids, staged.carried, torch.tensor(sampled), staged.packed_tables, staged.width, tables
-    )
+    given = (staged.token_ids, staged.carried, torch.tensor(sampled), staged.blocks, staged.block_start)
+    place_inputs(*given, staged.lengths, tables, BLOCK_SIZE)
     return tables.tolist()
 
 
 def test_a_decoding_step_in_a_larger_graph() -> None:
     made, shape = buffers(), Shape(4, 4, 4, 1)
     made.send(decoding(9, 0).arrays(), [(1, 3)], shape)
-    assert made.staged(shape).width.item() == 3
     staged = made.staged(shape)
     tables = tables_of(staged, made, [-1, 5, 6, 7])
     assert staged.token_ids.tolist() == [100, 7, 0, 0], "the second came from the step before"
@@ -91,7 +89,16 @@ def test_nothing_of_an_earlier_step_is_left() -> None:
         each.send(decoding(1).arrays(), [], shape)
     after, clean = made.staged(shape), fresh.staged(shape)
     assert tables_of(after, made, [5]) == tables_of(clean, fresh, [5])
-    for name in ("token_ids", "positions", "slots", "rows", "carried", "query_start", "lengths", "width"):
+    for name in (
+        "token_ids",
+        "positions",
+        "slots",
+        "rows",
+        "carried",
+        "query_start",
+        "lengths",
+        "block_start",
+    ):
         assert torch.equal(getattr(after, name), getattr(clean, name)), name
 
 
@@ -126,7 +133,7 @@ def test_the_host_writes_the_next_step_elsewhere() -> None:
     assert sorted(changed) == [[False, True], [True, False]]
 
 
-def test_only_the_live_width_is_sent() -> None:
+def test_only_blocks_that_are_held_are_sent() -> None:
     made = StepBuffers(DEVICE, Shape(4, 4, 4, 4), 4096, BLOCK_SIZE)
     made._on_device.fill_(0x55)
     made.send(decoding(7).arrays(), [], Shape(4, 4, 4, 1))
@@ -140,5 +147,5 @@ def test_a_step_that_does_not_fit_is_refused() -> None:
         made.send(decoding(1).arrays(), [], Shape(400, 2, 2, 1))
     builder = StepBuilder(BLOCK_SIZE)
     builder.add([1], 23, array("i", range(6)), 1)
-    with pytest.raises(ValueError, match="contexts of 6 blocks"):
+    with pytest.raises(ValueError, match="contexts of 24 tokens"):
         made.send(builder.arrays(), [], Shape(1, 1, 1, 1))
