@@ -115,18 +115,19 @@ def paged_attention(
     return out
 
 
-_held: dict[torch.device, list[Tensor]] = {}
+_held: dict[tuple[torch.device, int], list[Tensor]] = {}
 
 
 def _counters(device: torch.device, number: int) -> Tensor:
-    """Zeros, int32 [number or more], which every launch leaves as it found them: one launch at a time may have them.
+    """Zeros, int32 [number or more], which every launch leaves as it found them: launches of one queue may share them.
 
     None is ever freed, as captured launches hold its address; so the first is larger than most will need.
     """
-    held = _held.setdefault(device, [])
+    queue = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    held = _held.setdefault((device, queue), [])
     if not held or len(held[-1]) < number:
-        # Not of an allocation in a graph's memory, which other graphs write over.
-        assert not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()), "run it once before"
+        # Not in a graph's memory, which other graphs write over.
+        assert not (queue and torch.cuda.is_current_stream_capturing()), "it must run once before"
         held.append(
             torch.zeros(triton.next_power_of_2(max(number, 1 << 16)), dtype=torch.int32, device=device)
         )
