@@ -60,36 +60,37 @@ tests() {
 MANY=() # processes, for tests that mostly compile
 "$PYTHON" -c 'import xdist' 2>"$RAW/lack" && MANY=(-n 8)
 
-# A model of 8 billion parameters as files, which every step after it loads; kernels are compiled meanwhile.
+# First what needs processors more than the GPU, side by side: a model of 8 billion parameters is written, which every
+# benchmark after it loads; kernels are compiled; the tests, which mostly compile, too.
 if [ -z "$LACK" ]; then
   "$PYTHON" -m bench.gpu.model ${REHEARSE[@]+"${REHEARSE[@]}"} >"$RAW/model" &
   WRITER=$!
 fi
-bench compile 100 bench.gpu.warm
+bench compile 100 bench.gpu.warm &
+EQUALS=tests/workers/engine/test_cuda_equals_cpu.py
+tests "$(basename "$EQUALS" .py)" 170 "${MANY[@]}" -m gpu "$EQUALS" &
+# The cases of kernels, decoder and runner, compiled; on CPUs Triton's interpreter runs them in processes of their own.
+mapfile -t CASES < <(find tests -name '*_cases.py' | sort)
+tests triton 170 "${MANY[@]}" -m "not slow" "${CASES[@]}" &
+# All other files with tests marked gpu, but for those that only run the cases.
+while read -r file; do
+  [ "$file" = "$EQUALS" ] || grep -q '_cases\.py' "$file" || tests "$(basename "$file" .py)" 60 -m gpu "$file"
+done < <(grep -rlE '^@pytest\.mark\.gpu|^pytestmark = .*mark\.gpu' tests --include='test_*.py' | sort) &
 if [ -z "$LACK" ]; then
   wait "$WRITER" || LACK="no model could be written"
   MODEL=$(cat "$RAW/model")
 fi
-WITH=(--model "$MODEL")
+wait
 
-# The most valuable first. Benchmarks run alone on the GPU.
-bench engine 130 bench.gpu.engine "${WITH[@]}"
-EQUALS=tests/workers/engine/test_cuda_equals_cpu.py
-tests "$(basename "$EQUALS" .py)" 110 "${MANY[@]}" -m gpu "$EQUALS"
-bench kernels 90 bench.gpu --seconds 75
-bench peers 110 bench.gpu.peers "${WITH[@]}" --each 40
-bench engine_fp8 80 bench.gpu.engine "${WITH[@]}" --quantization fp8 --parts decode,prefill,profile
-bench disaggregation 90 bench.gpu.disaggregation "${WITH[@]}"
+# Then benchmarks, alone on the GPU, the most valuable first.
+bench engine 130 bench.gpu.engine --model "$MODEL"
+bench kernels 75 bench.gpu --seconds 60
+bench peers 90 bench.gpu.peers --model "$MODEL" --each 30
+bench engine_fp8 70 bench.gpu.engine --model "$MODEL" --quantization fp8 --parts decode,prefill,profile
+bench disaggregation 80 bench.gpu.disaggregation --model "$MODEL"
 bench endurance 60 bench.gpu.endurance
 step bench.nccl 30 "$PYTHON" -m kernels.nccl_tests all_reduce -b 1M -e 64M -f 8 --json "$RAW/bench.nccl.json"
-# Kernels' cases, compiled; on CPUs Triton's interpreter runs them in processes of their own.
-mapfile -t CASES < <(find tests -name '*_cases.py' | sort)
-tests triton 200 "${MANY[@]}" -m "not slow" "${CASES[@]}"
-# All other files with tests marked gpu, but for those that only run the cases.
-while read -r file; do
-  [ "$file" = "$EQUALS" ] || grep -q '_cases\.py' "$file" || tests "$(basename "$file" .py)" 90 -m gpu "$file"
-done < <(grep -rlE '^@pytest\.mark\.gpu|^pytestmark = .*mark\.gpu' tests --include='test_*.py' | sort)
-bench sanitizer 90 bench.gpu.sanitizer
+bench sanitizer 60 bench.gpu.sanitizer --each 28
 tests triton_slow 200 "${MANY[@]}" -m slow "${CASES[@]}"
 
 "$PYTHON" -m bench.gpu.report "$RAW" "$OUT"

@@ -53,9 +53,9 @@ class Sizes:
     streams: int = 32
     context: int = 1024
     stream_tokens: int = 4096  # more than the time is enough for
-    seconds: float = 8.0
+    seconds: float = 6.0
     prompt: int = 8192
-    every_s: float = 1.0
+    every_s: float = 0.75
     written: int = 16  # tokens after each prompt
     chunk: int = 2048  # that the decode worker reads at a time
     num_blocks: int = 9_000
