@@ -25,6 +25,8 @@ from kernels.triton.relayout import _from_e4m3
 
 _FLOATS, _INT8, _INT4, _FP8_BITS, _FP8 = range(5)
 _DEPTH = {_FLOATS: 64, _INT8: 128, _INT4: PAIR, _FP8_BITS: 128, _FP8: 128}  # values of a row's q at a time
+_SPAN = 128  # columns in a step of few rows, which may be several groups: fewer waits for what was loaded
+_FEW_ROWS = 32
 _LEAST_STEPS = 4  # of a split, so that loads run ahead of products
 
 
@@ -67,7 +69,10 @@ def multiply(
     if not rows:
         return out
     given = as_stored(weight, x)
-    steps = triton.cdiv(given.q.shape[1], given.depth)
+    at_once = given.depth * (2 if given.format == _INT4 else 1)
+    unroll = max(1, _SPAN // at_once) if given.format != _FLOATS and tiling.rows <= _FEW_ROWS else 1
+    width, span = given.q.shape[1], given.depth * unroll
+    steps = triton.cdiv(width, span)
     splits = max(1, min(tiling.splits, steps // _LEAST_STEPS))
     per_split = triton.cdiv(steps, splits)
     splits = triton.cdiv(steps, per_split)
@@ -78,10 +83,10 @@ def multiply(
     partial = torch.empty(parts, dtype=torch.float32, device=x.device) if parts else out
     _multiply[grid](
         x, given.q, given.scale, given.minimum, given.order, out if bias is None else bias, out,
-        partial, arrivals.counts, rows, n, k, given.q.shape[1], x.stride(0), per_split,
+        partial, arrivals.counts, rows, n, k, width, x.stride(0), per_split,
         FORMAT=given.format, GROUP=given.group, ORDERED=given.ordered, BIASED=bias is not None, SPLIT=splits > 1,
-        COLUMNS=tiling.columns, ROWS=tiling.rows, DEPTH=given.depth, HALF=PAIR,
-        EVEN=given.q.shape[1] % given.depth == 0, OPERAND=operand_type(x.dtype),
+        COLUMNS=tiling.columns, ROWS=tiling.rows, DEPTH=given.depth, UNROLL=unroll, HALF=PAIR,
+        EVEN=width % span == 0, OPERAND=operand_type(x.dtype),
         num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     return out
@@ -161,14 +166,44 @@ def _group_scaled(
     return acc
 
 
+@triton.jit
+def _added(
+    acc, x, q, scale, minimum, order, row, column, at, n, k, width, stride_x,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, ORDERED: tl.constexpr, DEPTH: tl.constexpr, HALF: tl.constexpr,
+    EVEN: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """acc [COLUMNS, ROWS] + what DEPTH values of q's rows, from `at` on, give."""
+    place = at + tl.arange(0, DEPTH)
+    stored = q + column[:, None] * width + place[None, :]
+    inside = (place < width)[None, :]
+    w = tl.load(stored) if EVEN else tl.load(stored, mask=inside, other=0.0)
+    if FORMAT == 2:
+        low = at // HALF * (2 * HALF) + at % HALF
+        seen = _x_tile(x, order, row, stride_x, low + tl.arange(0, DEPTH), k, ORDERED, OPERAND)
+        acc = _group_scaled(acc, (w & 15).to(OPERAND), seen, scale, minimum, column, n, low, k, GROUP, True)
+        high = low + HALF
+        seen = _x_tile(x, order, row, stride_x, high + tl.arange(0, DEPTH), k, ORDERED, OPERAND)
+        upper = ((w >> 4) & 15).to(OPERAND)
+        acc = _group_scaled(acc, upper, seen, scale, minimum, column, n, high, k, GROUP, True)
+    else:
+        seen = _x_tile(x, order, row, stride_x, place, k, ORDERED, OPERAND)
+        if FORMAT == 3:
+            w = _from_e4m3(w.to(tl.int32))
+        if GROUP == 0:
+            acc = tl.dot(w.to(OPERAND), seen, acc, input_precision="ieee")
+        else:
+            acc = _group_scaled(acc, w.to(OPERAND), seen, scale, minimum, column, n, at, k, GROUP, False)
+    return acc
+
+
 # A step has any number of rows: none is worth a kernel of its own, compiled while it is waited for.
 @triton.jit(do_not_specialize=["rows", "steps"])
 def _multiply(
     x, q, scale, minimum, order, bias, out, partial, arrivals,
     rows, n, k, width, stride_x, steps,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, ORDERED: tl.constexpr, BIASED: tl.constexpr, SPLIT: tl.constexpr,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, HALF: tl.constexpr, EVEN: tl.constexpr,
-    OPERAND: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, UNROLL: tl.constexpr, HALF: tl.constexpr,
+    EVEN: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -176,34 +211,14 @@ def _multiply(
     read_column = tl.minimum(column, n - 1).to(tl.int64)
     read_row = tl.minimum(row, rows - 1)
     acc = tl.zeros((COLUMNS, ROWS), tl.float32)
-    begin = tl.program_id(2) * steps * DEPTH
-    end = tl.minimum(begin + steps * DEPTH, width)
-    for at in range(begin, end, DEPTH):
-        place = at + tl.arange(0, DEPTH)
-        stored = q + read_column[:, None] * width + place[None, :]
-        inside = (place < width)[None, :]
-        w = tl.load(stored) if EVEN else tl.load(stored, mask=inside, other=0.0)
-        if FORMAT == 2:
-            first = at // HALF * (2 * HALF) + at % HALF
-            low = _x_tile(x, order, read_row, stride_x, first + tl.arange(0, DEPTH), k, ORDERED, OPERAND)
-            acc = _group_scaled(
-                acc, (w & 15).to(OPERAND), low, scale, minimum, read_column, n, first, k, GROUP, True
-            )
-            second = first + HALF
-            high = _x_tile(x, order, read_row, stride_x, second + tl.arange(0, DEPTH), k, ORDERED, OPERAND)
-            acc = _group_scaled(
-                acc, ((w >> 4) & 15).to(OPERAND), high, scale, minimum, read_column, n, second, k, GROUP, True
-            )
-        else:
-            seen = _x_tile(x, order, read_row, stride_x, place, k, ORDERED, OPERAND)
-            if FORMAT == 3:
-                w = _from_e4m3(w.to(tl.int32))
-            if GROUP == 0:
-                acc = tl.dot(w.to(OPERAND), seen, acc, input_precision="ieee")
-            else:
-                acc = _group_scaled(
-                    acc, w.to(OPERAND), seen, scale, minimum, read_column, n, at, k, GROUP, False
-                )
+    begin = tl.program_id(2) * steps * (DEPTH * UNROLL)
+    end = tl.minimum(begin + steps * (DEPTH * UNROLL), width)
+    for first in range(begin, end, DEPTH * UNROLL):
+        for part in tl.static_range(UNROLL):
+            acc = _added(
+                acc, x, q, scale, minimum, order, read_row, read_column, first + part * DEPTH, n, k, width, stride_x,
+                FORMAT, GROUP, ORDERED, DEPTH, HALF, EVEN, OPERAND,
+            )  # fmt: skip
     if SPLIT:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         tiles = tl.num_programs(0) * tl.num_programs(1)

@@ -35,6 +35,8 @@ def build_multiply(
     }
     arguments |= dict.fromkeys(("rows", "n", "k", "width", "stride_x", "steps"), "i32")
     constants = {"FORMAT": format, "GROUP": group, "ORDERED": False, "BIASED": True, "SPLIT": split}
+    span = 64 if name == "int4" else 128
+    constants["UNROLL"] = 1 if rows > 32 or format == 0 else span // min(depth, group or depth)
     constants |= {"COLUMNS": columns, "ROWS": rows, "DEPTH": min(depth, group or depth), "HALF": PAIR}
     constants |= {"EVEN": True, "OPERAND": OPERANDS[dtype]}
     aligned = [name for name in arguments if name not in ("rows", "steps")]
