@@ -10,6 +10,7 @@ answer; only tokens that were asked for count.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -86,17 +87,31 @@ def _implementation(peer: Any) -> str:
 
 
 def static(peer: Any, load: workload.Workload, seconds: float) -> dict[str, Any]:
-    """Batches of as many requests as run at a time elsewhere, in the order in which they come."""
+    """Batches of as many requests as run at a time elsewhere, in the order in which they come; of half as many where
+    they find no memory."""
     peer.set_attn_implementation("sdpa")  # which continuous batching has replaced by its own
-    asks = load.asks(peer.config.vocab_size)
-    _generate(peer, asks[: load.concurrency], 4)
+    asks, size = load.asks(peer.config.vocab_size), load.concurrency
+    while True:
+        try:
+            return _static(peer, asks, size, seconds)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        size //= 2
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _static(peer: Any, asks: list[workload.Ask], size: int, seconds: float) -> dict[str, Any]:
+    _generate(peer, asks[:size], 4)
     began, done = time.perf_counter(), 0
     while done < len(asks) and time.perf_counter() - began < seconds:
-        batch = asks[done : done + load.concurrency]
+        batch = asks[done : done + size]
         _generate(peer, batch, max(ask.max_tokens for ask in batch))
         done += len(batch)
     tokens = sum(ask.max_tokens for ask in asks[:done])
-    return _row(asks, done, tokens, time.perf_counter() - began, implementation=_implementation(peer))
+    found = _row(asks, done, tokens, time.perf_counter() - began, implementation=_implementation(peer))
+    return found | {"batch": size}
 
 
 def _generate(peer: Any, asks: list[workload.Ask], tokens: int) -> None:
@@ -149,7 +164,7 @@ def main() -> None:
                     found = (continuous if part == "continuous" else static)(peer, sizes, options.each)
                     if options.rehearse:
                         found |= {"seconds": None, "tokens_per_s": None}
-                    rows.add(case=f"transformers, {part}", batch=sizes.concurrency, **found)
+                    rows.add(**{"case": f"transformers, {part}", "batch": sizes.concurrency} | found)
     rows.end()
 
 
