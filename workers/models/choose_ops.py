@@ -72,13 +72,14 @@ def _results(ops: Ops, device: torch.device, dtype: torch.dtype) -> list[Tensor]
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    # Three sequences: decode, a chunk of four tokens, one that only fills up. 4 heads of 32 share 2 KV heads.
-    tables = torch.tensor([[1, 2], [3, 0], [0, 0]])
-    slots = torch.tensor([2 * 8 + 3, 24, 25, 26, 27, -1])
-    step = AttentionStep.of([0, 1, 5, 6], [12, 4, 1], tables, slots, device)
-    cache = PagedKv.of(random(4, 2, 2, 2, 8, 32))
-    positions = torch.tensor([11, 0, 1, 2, 3, 0], device=device)
-    rope = RopeTable(RopeSpec("default", 10000.0), 32, 16, dtype, device)
+    # Decode over a context in parts, a chunk of four tokens, one that only fills up. 4 heads of 32 share 2 KV heads.
+    tables = torch.zeros(3, 38, dtype=torch.int64)
+    tables[0], tables[1, 0] = torch.arange(1, 39), 39
+    slots = torch.tensor([8 * 38 + 3, 312, 313, 314, 315, -1])
+    step = AttentionStep.of([0, 1, 5, 6], [300, 4, 1], tables, slots, device)
+    cache = PagedKv.of(random(40, 2, 2, 2, 8, 32))
+    positions = torch.tensor([299, 0, 1, 2, 3, 0], device=device)
+    rope = RopeTable(RopeSpec("default", 10000.0), 32, 300, dtype, device)
     attention = ops.attention(cache, step, rope, positions)
     q = attention.rotate_and_write(random(6, 8, 32), 1)
     residual = random(6, 64).float()

@@ -250,6 +250,19 @@ def test_a_launch_leaves_the_counts_of_parts_as_it_found_them() -> None:
     assert not counters.any()
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="one program runs after another in the interpreter")
+def test_parts_that_end_in_any_order_give_the_same_bits() -> None:
+    """Of contexts of one part to 64, with every multiprocessor busy."""
+    case = make([(1 + 67 * s, 1) for s in range(60)], Shape(8, 2, 64, 16), torch.bfloat16)
+    tiling = Tiling(heads=4, rows=16, keys=32, parts=64, least=64)
+    cache = PagedKv.of(case.cache)
+    first = paged_attention(case.q, cache, LAYER, case.step, 0.3, tiling=tiling)
+    torch.testing.assert_close(first.cpu().double(), dense(case, case.cache, 0.3), rtol=3e-2, atol=3e-2)
+    for _ in range(200):
+        again = paged_attention(case.q, cache, LAYER, case.step, 0.3, tiling=tiling)
+        assert torch.equal(again, first)
+
+
 def test_queries_may_lie_within_wider_rows() -> None:
     case = make(DECODE[2:], Shape())
     wide = torch.zeros(len(case.q), 10, 24, device=DEVICE)
