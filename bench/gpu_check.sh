@@ -85,7 +85,7 @@ wait
 # Then benchmarks, alone on the GPU, the most valuable first.
 bench engine 130 bench.gpu.engine --model "$MODEL"
 bench kernels 75 bench.gpu --seconds 60
-bench peers 90 bench.gpu.peers --model "$MODEL" --each 30
+bench peers 100 bench.gpu.peers --model "$MODEL" --each 25
 bench engine_fp8 70 bench.gpu.engine --model "$MODEL" --quantization fp8 --parts decode,prefill,profile
 bench disaggregation 80 bench.gpu.disaggregation --model "$MODEL"
 bench endurance 60 bench.gpu.endurance
