@@ -104,13 +104,14 @@ def static(peer: Any, load: workload.Workload, seconds: float) -> dict[str, Any]
 
 def _static(peer: Any, asks: list[workload.Ask], size: int, seconds: float) -> dict[str, Any]:
     _generate(peer, asks[: min(size, 8)], 4, seconds)
-    began, done, tokens = time.perf_counter(), 0, 0
+    began, done, finished, tokens = time.perf_counter(), 0, 0, 0
     while done < len(asks) and (left := seconds - (time.perf_counter() - began)) > 0:
         batch = asks[done : done + size]
         written = _generate(peer, batch, max(ask.max_tokens for ask in batch), left)
         tokens += sum(min(ask.max_tokens, written) for ask in batch)
+        finished += sum(ask.max_tokens <= written for ask in batch)
         done += len(batch)
-    found = _row(asks, done, tokens, time.perf_counter() - began, implementation=_implementation(peer))
+    found = _row(asks, finished, tokens, time.perf_counter() - began, implementation=_implementation(peer))
     return found | {"batch": size}
 
 
