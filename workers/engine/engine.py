@@ -89,9 +89,9 @@ class Engine:
                 f"engine.max_model_len is {config.max_model_len}, but the model goes up to {model.max_model_len}"
             )
         backend = open_backend(config, model, experts, ALONE if team is None else team.group)
-        self.num_blocks = backend.num_blocks()
         if team is not None:
-            backend = team.lead(backend)
+            backend = team.lead(backend)  # before anything is measured: all ranks do
+        self.num_blocks = backend.num_blocks()
         self._experts = experts
         self.layout = backend.layout
         wanted, held = config.max_model_len or model.max_model_len, self.num_blocks * config.block_size

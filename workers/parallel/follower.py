@@ -60,9 +60,8 @@ class Follower:
         except Exception as error:
             self._end(f"rank {self._shard.rank} could not start: {error}")
             raise
-        for target in (self._receive, self._run):
-            arguments = (runner,) if target == self._run else ()
-            threading.Thread(target=target, args=arguments, name=target.__name__, daemon=True).start()
+        threading.Thread(target=self._receive, name="rank-receive", daemon=True).start()
+        threading.Thread(target=self._run, args=(runner,), name="rank-steps", daemon=True).start()
         logger.info("%s of %d follows, with %s", name, self._shard.size, runner.kernels)
         return msgspec.structs.replace(info, pid=os.getpid(), device=str(runner.device))
 

@@ -74,8 +74,8 @@ def test_the_tokens_of_one_process(model: Path, alone: list[list[int]], size: in
     Twice: the second time out of the prefix cache as far as it reaches.
     """
     with replica(model, size, num_blocks=16, block_size=8, max_num_batched_tokens=24) as ranks:
-        for _ in range(2 if size == 2 else 1):
-            assert tokens(ranks.engine.generate(PROMPTS, MIXED)) == alone
+        for few in (PROMPTS, PROMPTS) if size == 2 else (PROMPTS[:2],):
+            assert tokens(ranks.engine.generate(few, MIXED[: len(few)])) == alone[: len(few)]
         assert ranks.engine.runner.kernels == f"torch, {size} ranks"
         ranks.engine.pool.check([])
 
@@ -94,6 +94,17 @@ def test_with_other_settings_too(model: Path, settings: dict[str, Any]) -> None:
     expected = tokens(engine.generate(given, sampling))
     with replica(model, 2, **settings) as ranks:
         assert tokens(ranks.engine.generate(given, sampling)) == expected
+
+
+def test_the_rank_with_the_least_room_decides(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(self: backend.DeviceBackend) -> int:
+        return 64 - 8 * self._parallel.shard.rank
+
+    monkeypatch.setattr(backend.DeviceBackend, "num_blocks", measured)
+    with replica(model, 4) as ranks:
+        assert ranks.engine.num_blocks == 40
+        memories = ranks.team.memories(ranks.engine.layout, ranks.engine.runner.kv_cache)
+        assert [len(memory.outgoing(range(40))) for memory in memories] == [40] * 3
 
 
 def test_steps_that_overlap(model: Path, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
