@@ -119,11 +119,25 @@ class DeviceBackend:
         graphs = self._graphs()
         if graphs is None or not shapes:
             return 0
-        first = runner.capture(graphs, Buckets.of(shapes[:1])).num_bytes
         probed = shapes[1 : 1 + _PROBED]
-        others = runner.capture(graphs, Buckets.of(probed)).num_bytes if probed else 0
+        first = self._capture(runner, graphs, Buckets.of(shapes[:1]))
+        others = self._capture(runner, graphs, Buckets.of(probed)) if probed and self._captures else 0
         runner.forget_graphs()
         return first + others * (len(shapes) - 1) // max(len(probed), 1)
+
+    def _capture(self, runner: DeviceRunner, graphs: Graphs, buckets: Buckets) -> int:
+        """Bytes that the graphs take. Where graphs were not asked for by name, what cannot be captured is launched."""
+        try:
+            return runner.capture(graphs, buckets).num_bytes
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if self._config.graphs != "auto" or not self._parallel.shard.whole:
+                raise
+            logger.warning("steps run without CUDA graphs, more slowly: they cannot be captured: %s", error)
+            self._captures = False
+            runner.forget_graphs()
+            return 0
 
     # --- the runner -------------------------------------------------------------------------------------------------
 
@@ -137,7 +151,7 @@ class DeviceBackend:
             with memory_for(
                 "CUDA graphs", "lower engine.gpu_memory_utilization, or set engine.graphs to none"
             ):
-                runner.capture(graphs, self._buckets())
+                self._capture(runner, graphs, self._buckets())
         if self._compiles and not self._spread:
             for step in warm_steps(*self._trial):
                 runner.run_launched(step)

@@ -11,12 +11,14 @@ import torch
 from workers.config import EngineConfig
 from workers.engine.backend import kv_layout
 from workers.gpu.backend import DeviceBackend
-from workers.gpu.buckets import Buckets
+from workers.gpu.buckets import Buckets, decode_shapes
+from workers.gpu.buffers import Outputs
 from workers.gpu.memory import Budget, MemoryAtStart, memory_for
-from workers.gpu.trial import largest_step, warm_steps
+from workers.gpu.trial import largest_step, made_up_step, warm_steps
 from workers.models.catalog import PreparedModel, prepare_model
 from workers.models.decoder import Decoder, load_decoder
 from workers.models.random_model import write_random_model
+from workers.protocol.messages import Sampling
 
 GIB = 2**30
 
@@ -111,10 +113,49 @@ def test_graphs_have_their_part() -> None:
     assert budget.kv_bytes(1) == 10 * GIB
 
 
+def let_capture(
+    made: DeviceBackend, graphs: object, prepared: PreparedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoding steps of up to 8 sequences, as on a GPU."""
+    monkeypatch.setattr(made, "_captures", True)
+    monkeypatch.setattr(made, "_graphs", lambda: graphs if made._captures else None)
+    monkeypatch.setattr(made, "_buckets", lambda: Buckets(decode_shapes(8), []))
+    monkeypatch.setattr(made, "_outputs", Outputs.of(torch.device("cpu"), 64, 8, prepared.vocab_size))
+
+
+class Uncapturable:
+    def capture(self, body: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    def memory_used(self) -> int:
+        return 0
+
+
+def test_what_cannot_be_captured_is_launched_unless_graphs_were_asked_for(
+    prepared: PreparedModel,
+    decoder: Decoder,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made = backend(prepared, decoder, Memory(), {"gpu_memory_utilization": 0.75})
+    let_capture(made, Uncapturable(), prepared, monkeypatch)
+    assert made.num_blocks() == 6 * GIB // made.layout.block_bytes
+    runner = made.runner(8)
+    assert runner.captured is None
+    assert len(runner.run(made_up_step([1, 1], 9, 16, Sampling(max_tokens=1, seed=0, temperature=0.0)))) == 2
+    [said] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "without CUDA graphs" in said
+    assert "operation not permitted" in said
+    made = backend(prepared, decoder, Memory(), {"graphs": "decode"})
+    let_capture(made, Uncapturable(), prepared, monkeypatch)
+    with pytest.raises(RuntimeError, match="operation not permitted"):
+        made.runner(8)
+
+
 def test_what_graphs_take_is_judged_by_some_of_them(
     prepared: PreparedModel, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The largest and four more are captured: 100 bytes for the one, 5 for each of the others."""
+    """100 bytes for the largest, 5 for each of the others."""
     made = backend(prepared, decoder, Memory(), {"gpu_memory_utilization": 0.75})
 
     class Graphs:
@@ -128,13 +169,8 @@ def test_what_graphs_take_is_judged_by_some_of_them(
         def memory_used(self) -> int:
             return (100 + 5 * (self.captured - 1)) * bool(self.captured)
 
-    from workers.gpu.buckets import decode_shapes
-    from workers.gpu.buffers import Outputs
-
-    graphs, buckets = Graphs(), Buckets(decode_shapes(64), [])
-    monkeypatch.setattr(made, "_graphs", lambda: graphs)
-    monkeypatch.setattr(made, "_buckets", lambda: Buckets.of([s for s in buckets.all if s.tokens <= 8]))
-    monkeypatch.setattr(made, "_outputs", Outputs.of(torch.device("cpu"), 64, 8, prepared.vocab_size))
+    graphs = Graphs()
+    let_capture(made, graphs, prepared, monkeypatch)
     # Graphs of 8, 4, 2 and 1 sequences.
     assert made.num_blocks() == (6 * GIB - 100 - 3 * 5) // made.layout.block_bytes
     assert graphs.captured == 4
