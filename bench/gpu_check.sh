@@ -19,7 +19,7 @@ trap 'rm -rf "$RAW" "$MODEL"' EXIT
 mkdir -p "$OUT" || exit 2
 unset TRITON_INTERPRET
 LACK=$("$PYTHON" -c 'import torch, triton
-if not torch.cuda.is_available(): print("torch sees no GPU")' 2>&1 | tail -n 1)
+if not torch.cuda.is_available(): print("torch sees no GPU")' 2>"$RAW/lack") || LACK=$(tail -n 1 "$RAW/lack")
 REHEARSE=()
 if [ -n "${GPU_CHECK_REHEARSE:-}" ]; then
   REHEARSE=(--rehearse) LACK= STEPS="^bench\.($STEPS)"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,16 +47,24 @@ def _run(rows: Rows, program: str, tool: str, seconds: float) -> None:
     command = [program, "--tool", tool, sys.executable, "-m", "bench.gpu", "--rehearse"]
     # Without torch's own pool each tensor is an allocation, past whose end nothing may be read.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        rows.add(case=tool, note=f"not at its end after {seconds:.0f} s")
-        return
-    said = done.stdout + done.stderr
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        process_group=0,  # the tool's and the program's, which outlives the tool when that alone is killed
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            rows.add(case=tool, note=f"not at its end after {seconds:.0f} s")
+            return
     found = findings(said)
     if found is None:
         lines = said.strip().splitlines()
-        rows.add(case=tool, note=f"ended with {done.returncode}: {lines[-1][:200] if lines else ''}")
+        rows.add(case=tool, note=f"ended with {process.returncode}: {lines[-1][:200] if lines else ''}")
     elif found:
         first = next((line for line in said.splitlines() if "Invalid" in line or "hazard" in line), "")
         rows.add(case=tool, findings=found, failed=first[:300])

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.gpu import sanitizer
 from bench.gpu.disaggregation import Bench
 from bench.gpu.model import TINY, write_model
 from bench.gpu.report import collect, failed, markdown
@@ -217,6 +218,33 @@ def test_a_failure_is_not_hidden(raw: Path) -> None:
     found = collect(raw)
     assert found["tests"]["hung"]["failed"] == {"b::x": "assert 1 == 2"}
     assert failed(found)
+
+
+@pytest.mark.parametrize(
+    ("program", "row"),
+    [
+        ("echo '========= ERROR SUMMARY: 0 errors'", {"findings": 0}),
+        (
+            "echo '========= Invalid __global__ read'; echo '========= ERROR SUMMARY: 2 errors'",
+            {"findings": 2},
+        ),
+        ("echo 'Device not supported'; exit 1", {"note": "ended with 1: Device not supported"}),
+        ("sleep 600 & wait", {"note": "not at its end after 1 s"}),
+    ],
+)
+def test_what_the_sanitizer_says(
+    program: str, row: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool, figures = tmp_path / "compute-sanitizer", tmp_path / "figures.json"
+    tool.write_text(f"#!/bin/bash\n{program}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    seconds = "1" if "sleep" in program else "100"
+    monkeypatch.setattr(sys, "argv", ["sanitizer", "--each", seconds, "--json", str(figures)])
+    sanitizer.main()
+    found = json.loads(figures.read_text())["rows"]
+    assert [row.items() <= one.items() for one in found] == [True, True], found
+    assert [("failed" in one) for one in found] == [row.get("findings") == 2] * 2
 
 
 def test_without_a_gpu_the_whole_check_says_so(tmp_path: Path) -> None:
