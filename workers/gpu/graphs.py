@@ -1,4 +1,4 @@
-"""Steps that are launched as a whole: the seam to CUDA graphs, and what stands in for them on a CPU.
+"""Steps that are launched as a whole: the seam to CUDA graphs, behind which tests put a stand-in.
 
 What is captured is a function of no arguments that reads and writes persistent buffers only. It is called a few times
 before (kernels are compiled, libraries make their workspaces: neither may happen during a capture), then recorded, and
@@ -78,14 +78,3 @@ class CudaGraphs:
         torch.cuda.synchronize(self._device.device)
         free, total = torch.cuda.mem_get_info(self._device.device)
         return total - free
-
-
-class CalledAgain:
-    """On a CPU: a replay calls the captured function. For tests, and to try the runner's graphs without a GPU."""
-
-    def capture(self, body: Body) -> Body:
-        body()
-        return body
-
-    def memory_used(self) -> int:
-        return 0
