@@ -207,6 +207,38 @@ def test_report(raw: Path) -> None:
     assert "Left out for want of time: sampling and what follows" in table
 
 
+def test_goals(raw: Path) -> None:
+    def write(bench: str, *rows: dict[str, object]) -> None:
+        (raw / f"bench.{bench}.status").write_text("124 130\n")
+        (raw / f"bench.{bench}.json").write_text(json.dumps({"rows": rows, "left_out": ["profile"]}))
+
+    write(
+        "engine",
+        {"case": "decode step", "batch": 64, "times_floor": 1.2, "cpu_ms": 0.4},
+        {"case": "throughput", "batch": 256, "tokens_per_s": 9000.0},
+        {"case": "prefill", "failed": "RuntimeError: no"},
+    )
+    write("peers", {"case": "transformers, continuous", "tokens_per_s": 2000.0})
+    held = [{"case": "growth", "requests": count, "reserved_bytes": 3 << 30} for count in (1000, 10000)]
+    write("endurance", *held)
+    found = collect(raw)
+    table = markdown(found)
+    assert failed(found)
+    assert (
+        "| decode step, bf16, batch 64: times the reading of weights and KV | at most 1.25 | 1.2 | yes |"
+        in table
+    )
+    assert (
+        "| decode step, fp8, batch 64: times the reading of weights and KV | at most 1.25 | not measured |  |"
+        in table
+    )
+    assert "| CPU time of a step at batch 64, ms | at most 0.3 | 0.4 | no |" in table
+    assert "| output tokens/s: times transformers' continuous batching | at least 3 | 4.5 | yes |" in table
+    assert "| GPU memory grown from 1,000 to 10,000 requests, MiB | at most 0 | 0 | yes |" in table
+    assert "| growth | 10,000 | 3.00 |" in table
+    assert "Ended by its time limit after 130 s; what it had found is above." in table
+
+
 def test_a_failure_is_not_hidden(raw: Path) -> None:
     (raw / "tests.hung.status").write_text("124 240\n")
     found = collect(raw)
