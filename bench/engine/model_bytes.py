@@ -18,10 +18,10 @@ def matrix_bytes(rows: int, columns: int, weight_format: WeightFormat, *, head: 
     """Of one matrix [out, in] with its scales. int4 keeps the head in 8 bits by groups, see workers/models; fp8 has a
     float32 scale for each output channel."""
     weights = rows * columns
+    if weight_format == "int8" or (weight_format in ("int4", "fp8") and head):
+        return weights * (1 + 2 / _GROUP)
     if weight_format == "fp8":
         return weights + rows * _FLOAT32
-    if weight_format == "int8" or (weight_format == "int4" and head):
-        return weights * (1 + 2 / _GROUP)
     if weight_format == "int4":
         return weights * (0.5 + 4 / _GROUP)
     return weights * {"fp32": 4, "bf16": 2}[weight_format]

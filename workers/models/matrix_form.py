@@ -50,8 +50,11 @@ class MatrixForm:
         if name == "none":
             return _floats(parts)
         if name == "fp8":
-            as_stored = isinstance(first, Fp8Weight)
-            return _stacked(parts) if as_stored and same_form(parts) else quantize_fp8(self._values(parts))
+            if isinstance(first, Fp8Weight) and same_form(parts):
+                return _stacked(parts)
+            # Logits decide: three bits of mantissa cost more there than anywhere else.
+            in_groups = head and not first.shape[1] % GROUP
+            return (quantize_q8 if in_groups else quantize_fp8)(self._values(parts))
         if name == "int8":
             if isinstance(first, ChannelWeight) and same_form(parts):
                 return _stacked(parts)

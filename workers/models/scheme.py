@@ -25,7 +25,7 @@ VALUES_VERSION = 2
 class Scheme:
     """none: floats. stored: every matrix as the checkpoint holds it. int8: a scale for each 32 inputs.
     int4: a scale and minimum for each 32 inputs; the head in 8 bits by groups of 32, because four cost it quality.
-    fp8: float8 (e4m3) with a scale for each output; GPUs alone.
+    fp8: float8 (e4m3) with a scale for each output; the head as in int4; GPUs alone.
     """
 
     name: SchemeName

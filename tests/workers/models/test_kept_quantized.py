@@ -75,7 +75,10 @@ def test_what_stays_floats(tmp_path: Path) -> None:
     assert isinstance(weights.head, QuantizedMatrix)
     assert weights.head.dtype == weights.embedding.dtype == torch.bfloat16
     assert weights.embedding.shape == weights.head.shape  # tied: the values of the head
-    layers = list(load(write_random_model(tmp_path / "mla", "deepseek_v3"), "fp8", True).layers)
+    latent = load(write_random_model(tmp_path / "mla", "deepseek_v3"), "fp8", True)
+    assert isinstance(latent.head, QuantizedMatrix)
+    assert latent.head.format == "int8"
+    layers = list(latent.layers)
     attention, mlp = layers[-1].attention, layers[-1].mlp
     floats = (attention.kv_up, attention.kv_norm, mlp.router, layers[-1].mlp_norm)  # type: ignore[union-attr]
     assert all(isinstance(part, Tensor) for part in floats)
