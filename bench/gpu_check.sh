@@ -5,8 +5,9 @@
 #   bash bench/gpu_check.sh        writes gpu.json and gpu.md into $OUT (gpu-report unless set) and prints the latter
 #
 # PYTHON: the interpreter (python3). GPU_CHECK_SECONDS: when no further step is begun and what runs is ended (570).
-# GPU_CHECK_STEPS: a regular expression of the steps wanted (all). GPU_CHECK_REHEARSE=1: the benchmarks at tiny sizes on the
-# CPU, without times and tests, to try this program where there is no GPU. Exits with 1 if a test or a part of a benchmark failed.
+# GPU_CHECK_STEPS: a regular expression of the steps wanted (all). GPU_CHECK_REHEARSE=1: the benchmarks at tiny sizes on
+# the CPU, without times and tests, to try this program where there is no GPU. Exits with 1 if a test or a part of a
+# benchmark failed.
 set -u
 cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python3}
