@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed
 
 from kernels.attention_step import AttentionStep
 from tests.workers.parallel.ranks import ranks
 from workers.models.decoder import Decoder, load_decoder
 from workers.models.random_model import write_random_model
 from workers.parallel.collectives import ALONE, Parallel
+from workers.parallel.process_group import GroupError, RankGroup
+from workers.parallel.shard import Shard
 
 BLOCK, CPU = 4, torch.device("cpu")
 FOUR_HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -72,6 +75,12 @@ def test_ranks_say_what_one_says(tmp_path: Path, family: str) -> None:
             parts = group.each(lambda parallel: logits(path, parallel))
         assert all(torch.equal(part, parts[0]) for part in parts)
         torch.testing.assert_close(parts[0], whole, rtol=1e-4, atol=1e-4)  # sums are taken in another order
+
+
+def test_ranks_that_do_not_come_are_not_waited_for_for_ever() -> None:
+    store = torch.distributed.HashStore()
+    with pytest.raises(GroupError, match="2 ranks on cpu did not come together"):
+        RankGroup(store, Shard(0, 2), CPU, timeout_s=0.3)
 
 
 def test_collectives() -> None:

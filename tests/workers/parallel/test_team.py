@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +30,8 @@ from workers.parallel.process_group import GroupError
 from workers.parallel.shard import Shard
 from workers.parallel.team import Team, introduction
 from workers.protocol.frames import ProtocolError
-from workers.protocol.messages import Sampling
+from workers.protocol.messages import KvLayout, Sampling
+from workers.worker import Worker
 
 START = list(range(3, 60))
 PROMPTS = [[*START, 99, 98], [*START, 97], list(range(200, 120, -1)), [5, 6, 7], [40] * 20]
@@ -105,6 +107,17 @@ def test_the_rank_with_the_least_room_decides(model: Path, monkeypatch: pytest.M
         assert ranks.engine.num_blocks == 40
         memories = ranks.team.memories(ranks.engine.layout, ranks.engine.runner.kv_cache)
         assert [len(memory.outgoing(range(40))) for memory in memories] == [40] * 3
+
+
+def test_tiers_hold_every_kv_head_once(model: Path) -> None:
+    config = config_of(model, 0, 4, 0, host_cache_memory=2**20)
+    worker = Worker(config)
+    worker.engine = SimpleNamespace(layout=KvLayout(2, 2, 8, 16, "float32", "00"))  # type: ignore[assignment]
+    worker._check_tiers(ranks=2)
+    with pytest.raises(
+        ValueError, match="host_cache_memory cannot be had with 4 tensor-parallel ranks for 2 KV"
+    ):
+        worker._check_tiers(ranks=4)
 
 
 def test_steps_that_overlap(model: Path, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
