@@ -114,6 +114,10 @@ class StepBuffers:
         self._on_device[:end].copy_(self._host[turn][:end], non_blocking=True)
         self._sent[turn] = self._device.mark()
 
+    def token_ids(self, count: int) -> Tensor:
+        """int64 [count] of the last step, whatever its shape."""
+        return self._on_device[: count * 8].view(torch.int64)
+
     def staged(self, shape: Shape) -> StagedStep:
         """Where a step of this shape lies on the device."""
         layout, flat = _Layout.of(shape), self._on_device

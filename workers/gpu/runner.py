@@ -68,7 +68,8 @@ class DeviceRunner:
         parallel: Parallel = ALONE,
         place_inputs: PlaceInputs = reference_step_inputs.place_inputs,
     ) -> None:
-        """`kernels`, `weights`: their names. `parallel`: of the ranks that compute the model together rank 0 alone samples, the others' steps come without samples."""
+        """`kernels`, `weights`: their names. `parallel`: of the ranks that compute the model together rank 0 alone samples,
+        the others' steps come without samples."""
         self.device, self.kv_cache, self.shared = kv_cache.device, kv_cache, shared
         self.kernels, self.weights, self.overlaps = kernels, weights, overlaps
         self.captured: Captured | None = None
@@ -78,6 +79,7 @@ class DeviceRunner:
         self._buckets = Buckets([], [])
         self._logits, self._tokens = outputs.logits, outputs.tokens
         self._most_tokens = len(outputs.tokens)  # of a step that is run whole
+        self._placed = False  # whether tokens carried to this step were put among its own
 
     @torch.inference_mode()
     def capture(self, graphs: Graphs, buckets: Buckets) -> Captured:
@@ -110,7 +112,7 @@ class DeviceRunner:
 
     def submit(self, step: StepInput) -> Pending:
         """See workers.engine.backend.Runner. A step for which there is no memory is run in parts."""
-        tokens = len(step.arrays.token_ids)
+        tokens, self._placed = len(step.arrays.token_ids), False
         shape = self._buckets.shape_for(tokens, len(step.arrays.lengths), len(step.arrays.rows))
         if shape is None and tokens > self._most_tokens:
             return self._submit_parts(step)
@@ -135,6 +137,7 @@ class DeviceRunner:
                 self._buffers.send(step.arrays, step.carried, shape)
                 assert self.captured is not None, "a shape is that of a graph"
                 self.captured.graphs[shape]()
+                self._placed = True
                 logits = self._logits[:rows]
             results: Results = list
             if rows and step.samples:
@@ -153,6 +156,7 @@ class DeviceRunner:
         self._buffers.send(arrays, step.carried, shape)
         staged, tables = self._buffers.staged(shape), self._buffers.tables[: shape.seqs]
         self._place(staged, tables)
+        self._placed = True
         hidden = self._forward(staged, staged.attention(tables, int(arrays.lengths.max())))
         logits = self._model.logits(hidden)[:rows] if rows else self._logits[:0]
         choose_best(logits, self._tokens[:rows])
@@ -204,16 +208,8 @@ class DeviceRunner:
     @torch.inference_mode()
     def _submit_parts(self, step: StepInput) -> Pending:
         """One part after another is waited for: this is the way out, not the way."""
-        arrays = step.arrays
-        if step.carried:
-            with self._queue.use():
-                sampled = self._tokens.tolist()
-            token_ids = arrays.token_ids.copy()
-            for token, sample in step.carried:
-                token_ids[token] = max(sampled[sample], 0)
-            arrays = replace(arrays, token_ids=token_ids)
+        rest: StepArrays | None = self._with_carried(step)
         found: list[Sampled] = []
-        rest: StepArrays | None = arrays
         while rest is not None:
             part, rest = rest, None
             if len(part.token_ids) > self._most_tokens:
@@ -224,6 +220,20 @@ class DeviceRunner:
             tokens = torch.tensor([one.token for one in found], dtype=torch.int64)
             self._tokens[: len(found)].copy_(tokens)
         return Ready(found)
+
+    def _with_carried(self, step: StepInput) -> StepArrays:
+        """The step's arrays with the tokens that the host did not know. Of a step that got further than its inputs they
+        are no longer where the step before has left them."""
+        arrays = step.arrays
+        if not step.carried:
+            return arrays
+        token_ids = arrays.token_ids.copy()
+        with self._queue.use():
+            left = self._buffers.token_ids(len(token_ids)) if self._placed else self._tokens
+            known = left.tolist()
+        for token, sample in step.carried:
+            token_ids[token] = known[token] if self._placed else max(known[sample], 0)
+        return replace(arrays, token_ids=token_ids)
 
 
 class _Queued:

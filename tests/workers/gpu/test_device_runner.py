@@ -27,6 +27,7 @@ from workers.engine.request import Request
 from workers.engine.sampler import SampleInput, Sampler
 from workers.engine.step_input import StepInput
 from workers.gpu.buckets import Buckets, decode_shapes, mixed_shapes
+from workers.gpu.draw import TorchDraw
 from workers.gpu.runner import DeviceRunner
 from workers.metrics import WorkerMetrics
 from workers.models.decoder import Decoder, load_decoder
@@ -209,6 +210,40 @@ def test_a_step_without_memory_that_takes_tokens_of_the_last(model: Decoder) -> 
     accept(before)
     assert [one.output_token_ids for one in found] == expected(model, found)
     assert [one.num_output_tokens for one in found] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_step_without_memory_to_sample_still_knows_the_tokens_it_took(
+    model: Decoder, captured: bool
+) -> None:
+    """The places where the step before had left them hold the best tokens of this one by then."""
+    failures = [False, True, False, False]
+
+    class Draws(TorchDraw):
+        def __call__(self, *given: Any) -> None:
+            if failures.pop(0):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            super().__call__(*given)
+
+    runner = runner_over(model, Draws(), overlaps=True)
+    if captured:
+        graphs_of(runner)
+    found = requests(
+        model, 2, 9, lambda rng: Sampling(max_tokens=20, seed=rng.randrange(99), temperature=1.0)
+    )
+    all_of_them = sequences(found)
+    before = None
+    for number in range(2):
+        step = step_of(
+            [(one, 100) for one in all_of_them],
+            {one: i for i, one in enumerate(all_of_them)} if number else None,
+        )
+        pending = runner.submit(step)
+        accept(before)
+        before = step, pending
+    accept(before)
+    assert [one.output_token_ids for one in found] == expected(model, found)
+    assert not failures, "the second step was drawn in two parts"
 
 
 def test_one_token_without_memory_is_an_error(model: Decoder) -> None:
