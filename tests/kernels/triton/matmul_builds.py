@@ -46,12 +46,12 @@ def build_multiply(
 @pytest.mark.parametrize(
     ("architecture", "dtype", "name", "group"),
     [
-        (80, "bf16", "fp8 by hand", 0),
         (80, "fp16", "int4", 128),
-        (90, "bf16", "floats", 0),
-        (90, "bf16", "int8", 32),
-        (90, "bf16", "int4", 32),
         (90, "bf16", "fp8", 0),
+        pytest.param(80, "bf16", "fp8 by hand", 0, marks=pytest.mark.slow),
+        pytest.param(90, "bf16", "floats", 0, marks=pytest.mark.slow),
+        pytest.param(90, "bf16", "int8", 32, marks=pytest.mark.slow),
+        pytest.param(90, "bf16", "int4", 32, marks=pytest.mark.slow),
     ],
 )
 def test_few_rows(architecture: int, dtype: str, name: str, group: int) -> None:
@@ -70,7 +70,7 @@ def test_more_rows(architecture: int, rows: int, name: str, group: int) -> None:
     assert "mma" in build_multiply(architecture, "bf16", name, group, split=False, columns=128, rows=rows)
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("architecture", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_what_surrounds_many_rows(architecture: int) -> None:
     arguments = {
         "x": "*bf16",

@@ -84,11 +84,15 @@ def test_formats(dtype: torch.dtype, format: str, group: int, k: int) -> None:
 
 @pytest.mark.parametrize(
     ("format", "group", "k", "splits"),
-    [("int8", WHOLE, 1536, 3), ("int4", 64, 2048, 2), ("fp8", 32, 640, 5), ("floats", WHOLE, 600, 4)],
+    [("int8", WHOLE, 1536, 3), ("int4", 64, 1100, 2), ("fp8", 32, 1024, 2), ("floats", WHOLE, 600, 4)],
 )
 def test_split_inputs(format: str, group: int, k: int, splits: int) -> None:
-    weight = normal(70, k) if format == "floats" else quantized(format, 70, k, group)
-    check(normal(20, k), weight, Tiling(columns=32, splits=splits), biased=True)
+    k = k // 32 * 32 if group == WHOLE else k // group * group
+    weight = normal(40, k) if format == "floats" else quantized(format, 40, k, group)
+    check(normal(17, k), weight, Tiling(columns=32, splits=splits), biased=True)
+    # As many parts as that: there is no room for two tiles by two that are split.
+    with pytest.raises(ValueError, match="4 split tiles"):
+        multiply(normal(17, k), weight, None, Tiling(columns=32, splits=2), Arrivals(DEVICE, 3))
 
 
 @pytest.mark.parametrize("format", ["int4", "int8"])
