@@ -115,14 +115,17 @@ class DeviceRunner:
         tokens, self._placed = len(step.arrays.token_ids), False
         shape = self._buckets.shape_for(tokens, len(step.arrays.lengths), len(step.arrays.rows))
         if shape is None and tokens > self._most_tokens:
-            return self._submit_parts(step)
+            return self._submit_parts(step, self._most_tokens)
         try:
             return self._submit(step, shape)
         except torch.OutOfMemoryError as error:
             if tokens == 1 or not self._parallel.shard.whole:  # the other ranks would wait for ever
                 raise
-            self._make_do(tokens, error)
-        return self._submit_parts(step)
+            half = tokens // 2
+            if shape is None:  # a graph has its memory, and only sampling asked for more
+                self._most_tokens = half
+            self._complain(tokens, error)
+        return self._submit_parts(step, half)
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
@@ -194,26 +197,24 @@ class DeviceRunner:
 
     # --- without memory ---------------------------------------------------------------------------------------------
 
-    def _make_do(self, tokens: int, error: torch.OutOfMemoryError) -> None:
-        """With steps half as large as the one that found no memory."""
-        self._most_tokens = max(tokens // 2, 1)
+    def _complain(self, tokens: int, error: torch.OutOfMemoryError) -> None:
         logger.warning(
-            "no memory for a step of %d tokens, steps are run in parts of %d from here on; lower "
+            "no memory for a step of %d tokens: it is run in parts, and so are others that need as much; lower "
             "engine.max_num_batched_tokens or engine.gpu_memory_utilization: %s",
-            tokens, self._most_tokens, error,
+            tokens, error,
         )  # fmt: skip
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def _submit_parts(self, step: StepInput) -> Pending:
-        """One part after another is waited for: this is the way out, not the way."""
+    def _submit_parts(self, step: StepInput, most: int) -> Pending:
+        """Of at most so many tokens. One after another is waited for: this is the way out, not the way."""
         rest: StepArrays | None = self._with_carried(step)
         found: list[Sampled] = []
         while rest is not None:
             part, rest = rest, None
-            if len(part.token_ids) > self._most_tokens:
-                part, rest = split(part, self._most_tokens)
+            if len(part.token_ids) > most:
+                part, rest = split(part, most)
             samples = step.samples[len(found) : len(found) + len(part.rows)]
             found += self.submit(StepInput(part, samples)).wait()
         with self._queue.use():
