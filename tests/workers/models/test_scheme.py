@@ -28,7 +28,9 @@ def test_refusals_say_what_is_allowed(tmp_path: Path) -> None:
     model = write_random_model(tmp_path, {"intermediate_size": 72})
     with pytest.raises(ModelError, match=r"intermediate_size is 72; use int8 or none"):
         choose_scheme("int4", model)
-    with pytest.raises(ModelError, match="'int2' is not known; allowed are auto, none, stored, int8, int4, fp8"):
+    with pytest.raises(
+        ModelError, match="'int2' is not known; allowed are auto, none, stored, int8, int4, fp8"
+    ):
         choose_scheme("int2", model)
 
 
