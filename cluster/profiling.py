@@ -66,7 +66,7 @@ def measure(config: EngineConfig, model: PreparedModel, say: Callable[[str], Non
         context_s=context_s,
         kv_tokens=engine.num_blocks * layout.block_size,
         max_num_seqs=engine.max_num_seqs,
-        chunk_tokens=config.max_num_batched_tokens,
+        chunk_tokens=engine.scheduler.max_num_batched_tokens,
         kv_bytes_per_token=layout.block_bytes // layout.block_size,
         transfer_bytes_per_s=_copy_rate(),
         transfer_latency_s=0.0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 
@@ -46,6 +46,18 @@ class SpeculationConfig(Section):
         if (self.method == "draft") != (self.draft_model is not None):
             raise ValueError("method draft and draft_model go together: set both or neither")
         return self
+
+
+class Batch(NamedTuple):
+    """The bounds of a step."""
+
+    num_seqs: int
+    num_tokens: int
+
+
+# A GPU needs about a thousand tokens before its matrix units and not its memory bound a step; many more would only hold
+# up the streams that decode beside them.
+_BATCHES = {"cpu": Batch(64, 512), "cuda": Batch(256, 2048)}
 
 
 class EngineConfig(Section):
@@ -94,8 +106,14 @@ class EngineConfig(Section):
     max_model_len: int | None = Field(
         None, ge=1, description="tokens of prompt + output; null: the model's own"
     )
-    max_num_seqs: int = Field(64, ge=1, description="requests in one step")
-    max_num_batched_tokens: int = Field(512, ge=1, description="tokens in one step: the prefill chunk")
+    max_num_seqs: int | None = Field(
+        None, ge=1, description="requests in one step; null: 64 on a CPU, 256 on a GPU"
+    )
+    max_num_batched_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens in one step: the prefill chunk; null: 512 on a CPU, 2048 on a GPU, or max_num_seqs if more",
+    )
     max_queued_tokens: int | None = Field(
         None,
         ge=1,
@@ -154,12 +172,20 @@ class EngineConfig(Section):
 
     @model_validator(mode="after")
     def _a_token_for_each(self) -> Self:
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        if self.max_num_batched_tokens and self.max_num_batched_tokens < (self.max_num_seqs or 0):
             raise ValueError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): every running request takes one token of each step"
             )
         return self
+
+    def batch(self, device: str) -> Batch:
+        """The bounds of a step on a device of torch's type "cpu" or "cuda"."""
+        seqs, tokens = _BATCHES[device]
+        return Batch(
+            self.max_num_seqs or min(seqs, self.max_num_batched_tokens or tokens),
+            self.max_num_batched_tokens or max(tokens, self.max_num_seqs or 0),
+        )
 
 
 class TransferConfig(Section):

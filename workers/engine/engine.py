@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 
 from workers.config import EngineConfig
-from workers.engine.backend import LayersDone, open_backend
+from workers.engine.backend import LayersDone, choose_device, open_backend
 from workers.engine.block_pool import BlockPool
 from workers.engine.pace import Pace
 from workers.engine.pending import Pending, Ready
@@ -104,7 +104,7 @@ class Engine:
                 wanted,
             )
         self.vocab_size = model.vocab_size
-        self.max_num_seqs = config.max_num_seqs
+        self.max_num_seqs, step_tokens = config.batch(choose_device(config.device).type)
         self.hash_root = hash_root(self.layout.model_fingerprint, self.layout.dtype, config.block_size)
         self.lock = threading.RLock()
         self.pool = BlockPool(self.num_blocks, caching=config.prefix_caching)
@@ -112,13 +112,13 @@ class Engine:
             self.pool,
             block_size=config.block_size,
             hash_root=self.hash_root,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=step_tokens,
             max_queued_tokens=config.max_queued_tokens,
             eos_token_ids=frozenset(model.eos_token_ids),
         )
         self.runner = backend.runner(self.num_blocks, share_kv)
-        self.speculation = open_speculation(config, model, self.num_blocks)
+        self.speculation = open_speculation(config, model, self.num_blocks, step_tokens)
         self.tiers: Tiers | None = None
         self.pace = Pace()
         self._flights: deque[Flight] = deque()  # oldest first, at most two

@@ -161,7 +161,7 @@ class NativeRunner:
             layout.block_size,
             layout.head_dim,
         )
-        self.decoder = CpuDecoder(library, pool, model, kv, config.max_num_batched_tokens, slots)
+        self.decoder = CpuDecoder(library, pool, model, kv, config.batch("cpu").num_tokens, slots)
         self._exchange = None if experts is None else self._spread(experts, config)
         self._sampler = sampler
         self._use_tiles = not config.deterministic
@@ -196,7 +196,7 @@ class NativeRunner:
         bf16 = table.logical(0, 0).gate_up.format == Format.BF16
         num_layers, num_experts = table.routed.shape
         top_k = table.structs[0].routing.top_k
-        most = config.max_num_batched_tokens
+        most = config.batch("cpu").num_tokens
         shape = Shape(hidden, "bfloat16" if bf16 else "float32", "float32", most, top_k)
         model = ExpertModel(num_layers, num_experts, shape)
         experts.ranks = plane.equip(model, table.slots, experts, self.device)

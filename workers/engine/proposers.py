@@ -12,18 +12,20 @@ from workers.engine.speculation import Speculation
 from workers.models.catalog import PreparedModel, prepare_model
 
 
-def open_speculation(config: EngineConfig, model: PreparedModel, num_blocks: int) -> Speculation | None:
-    """`num_blocks`: of the engine's KV cache. Raises ModelError, and ValueError for a draft model that cannot guess."""
+def open_speculation(
+    config: EngineConfig, model: PreparedModel, num_blocks: int, step_tokens: int
+) -> Speculation | None:
+    """`num_blocks`: of the engine's KV cache; `step_tokens`: the most of its steps. Raises ModelError, and ValueError for a draft model that cannot guess."""
     chosen = config.speculation
     if chosen.method == "none":
         return None
     if chosen.method == "ngram":
         return Speculation(NgramProposer(chosen.ngram_min, chosen.ngram_max), chosen.max_tokens)
-    return Speculation(_draft_proposer(config, chosen, model, num_blocks), chosen.max_tokens)
+    return Speculation(_draft_proposer(config, chosen, model, num_blocks, step_tokens), chosen.max_tokens)
 
 
 def _draft_proposer(
-    config: EngineConfig, chosen: SpeculationConfig, model: PreparedModel, num_blocks: int
+    config: EngineConfig, chosen: SpeculationConfig, model: PreparedModel, num_blocks: int, step_tokens: int
 ) -> DraftProposer:
     draft = prepare_model(str(chosen.draft_model))
     if draft.vocab_size != model.vocab_size:
@@ -38,5 +40,5 @@ def _draft_proposer(
         block_size=config.block_size,
         num_blocks=num_blocks,
         max_model_len=draft.max_model_len,
-        max_step_tokens=config.max_num_batched_tokens,
+        max_step_tokens=step_tokens,
     )

@@ -74,8 +74,8 @@ class DeviceBackend:
         self._captures = capturable and config.graphs != "none"
         self._max_model_len = min(config.max_model_len or prepared.max_model_len, prepared.max_model_len)
         self._device = device_for(model.device, own_queue=not spread)
-        most_tokens = config.max_num_batched_tokens
-        self._most = Shape(most_tokens, config.max_num_seqs, most_tokens, most_tokens)
+        most_seqs, most_tokens = config.batch(model.device.type)
+        self._most = Shape(most_tokens, most_seqs, most_tokens, most_tokens)
         width = -(-self._max_model_len // layout.block_size)
         self._buffers = StepBuffers(self._device, self._most, width, layout.block_size)
         self._trial = self._most, self._max_model_len, layout.block_size, parallel.shard.first

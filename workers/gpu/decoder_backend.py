@@ -90,7 +90,7 @@ def _spread(
     slots = plane.slots(spec.moe)
     assert spec.moe is not None
     experts = TorchExperts(spec.moe, spec.hidden_size, dtype, device, slots)
-    name, most = _name(dtype), config.max_num_batched_tokens
+    name, most = _name(dtype), config.batch(device.type).num_tokens
     shape = Shape(spec.hidden_size, name, name, most, spec.moe.top_k)
     held = ExpertModel(sum(spec.moe.layers), spec.moe.num_experts, shape)
     experts.ranks = plane.equip(held, slots, experts, device)

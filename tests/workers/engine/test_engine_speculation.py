@@ -127,7 +127,7 @@ def test_speculation_by_configuration(model: PreparedModel, method: str) -> None
         same(ours, theirs)
     if method == "draft":
         engine.generate([[1, 2, 3]], SAMPLINGS[2])  # what ended is let go when the next request comes
-        assert open_speculation(config, model, 8) is not None
+        assert open_speculation(config, model, 8, 64) is not None
 
 
 def test_a_draft_model_that_yields_no_number_guesses_nothing(model: PreparedModel) -> None:
@@ -152,4 +152,4 @@ def test_a_draft_model_must_share_the_vocabulary(
         device="cpu", num_blocks=8, speculation=SpeculationConfig(method="draft", draft_model=small)
     )
     with pytest.raises(ValueError, match="must share one vocabulary"):
-        open_speculation(config, model, 8)
+        open_speculation(config, model, 8, 64)
