@@ -252,12 +252,17 @@ class Process:
         await self._listening
         self._writer.close()
 
-    async def at_rest(self, timeout_s: float = 15.0) -> None:
-        """Nothing held; and nothing left, when it has stopped."""
+    async def lets_go(self, timeout_s: float = 15.0) -> None:
+        """Nothing is held any more."""
         end = time.monotonic() + timeout_s
         while held := (await self.ask("rest", "rest"))["held"]:
             assert time.monotonic() < end, f"{self.worker_id} holds {held}"
             await asyncio.sleep(0.05)
+
+    async def at_rest(self, timeout_s: float = 15.0) -> None:
+        """Nothing held; and nothing left, when it has stopped."""
+        end = time.monotonic() + timeout_s
+        await self.lets_go(timeout_s)
         self.tell("stop")
         while found := (await self.ask("belongings", "belongings"))["found"]:
             assert time.monotonic() < end, f"{self.worker_id} has left {found}"
