@@ -15,7 +15,10 @@ from workers.models.catalog import PreparedModel, prepare_model
 def open_speculation(
     config: EngineConfig, model: PreparedModel, num_blocks: int, step_tokens: int
 ) -> Speculation | None:
-    """`num_blocks`: of the engine's KV cache; `step_tokens`: the most of its steps. Raises ModelError, and ValueError for a draft model that cannot guess."""
+    """`num_blocks`: of the engine's KV cache; `step_tokens`: the most of its steps.
+
+    Raises ModelError, and ValueError for a draft model that cannot guess.
+    """
     chosen = config.speculation
     if chosen.method == "none":
         return None

@@ -22,6 +22,20 @@ class SampleInput(NamedTuple):
     draft: Sequence[int] = ()  # speculated tokens between the request's known ones and this position
 
 
+def drawn(row: torch.Tensor, given: SampleInput) -> int:
+    """One token from a row of logits, float32 [vocab], bias and penalties applied."""
+    sampling = given.request.sampling
+    return sample(
+        row,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        position=given.position,
+    )
+
+
 class Sampler:
     def __init__(self, eos_token_ids: frozenset[int]) -> None:
         self._eos_token_ids = eos_token_ids
@@ -43,15 +57,7 @@ class Sampler:
                 token = greedy[row]
             else:
                 self._adjust(logits[row], given)
-                token = sample(
-                    logits[row],
-                    temperature=sampling.temperature,
-                    top_k=sampling.top_k,
-                    top_p=sampling.top_p,
-                    min_p=sampling.min_p,
-                    seed=sampling.seed,
-                    position=given.position,
-                )
+                token = drawn(logits[row], given)
             results.append(Sampled(token, _logprobs(raw, token, sampling.logprobs)))
         return results
 

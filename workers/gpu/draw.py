@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.sampling import noise_key, sample
-from workers.engine.sampler import SampleInput
+from kernels.sampling import noise_key
+from workers.engine.sampler import SampleInput, drawn
 from workers.gpu.device import Device
 from workers.gpu.graphs import Body, Graphs
 from workers.gpu.memo import Memo
@@ -46,16 +46,7 @@ class TorchDraw:
         for row, (given, memo) in enumerate(zip(inputs, memos, strict=True)):
             if found[row] < 0 or memo.plain:
                 continue
-            sampling = given.request.sampling
-            found[row] = sample(
-                logits[row],
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-                min_p=sampling.min_p,
-                seed=sampling.seed,
-                position=given.position,
-            )
+            found[row] = drawn(logits[row], given)
         tokens.copy_(tokens.new_tensor(found))
 
 

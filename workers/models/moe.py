@@ -27,8 +27,11 @@ class Experts(Protocol):
     """The routed experts of one layer."""
 
     def start(self, x: Tensor, weights: Tensor, experts: Tensor) -> Callable[[], Tensor]:
-        """x [T, H], weights float32 [T, k], logical experts int64 [T, k]; the number of experts: of nobody. What is returned gives the weighted sums,
-        float32 [T, H]; work between the two calls hides the tokens' way to other ranks."""
+        """x [T, H], weights float32 [T, k], logical experts int64 [T, k]; the number of experts: of nobody.
+
+        What is returned gives the weighted sums, float32 [T, H]; work between the two calls hides the tokens' way to
+        other ranks.
+        """
 
 
 # (index among the layers that have experts, the model, the layer's weights, what computes) -> its experts. Routed experts
